@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=triglot,beartype.beartype
+
+.PHONY: demo install test test-slow lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       set up .venv and run the main job (five minutes on two cores)"
+	@echo "make test       set up .venv, then lint, types, architecture and tests"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make format     rewrite the code as the linter wants it"
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
+	touch $@
+
+install: .venv/installed
+
+demo: install
+	$(BIN)/triglot demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: lint
+	$(PYTEST) -n 2 -m "not slow"
+
+test-slow: install
+	$(PYTEST) -m slow
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

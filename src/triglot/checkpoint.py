@@ -1,0 +1,350 @@
+"""A run's folder: what is needed to use a model, and to go on training it as if it had never stopped.
+
+    config.json                     the resolved recipe
+    tokenizer.json                  or source.json and target.json
+    metrics.jsonl, environment.json for people; nothing reads them to load a model
+    checkpoints/step-00000200/      config.json, model.safetensors, optimizer.safetensors, rng.safetensors, state.json
+                                    and, written last, manifest.json with the SHA-256 of each and of the tokenizer
+    checkpoints/average/            the same without optimizer: the mean of the last checkpoints' weights
+
+A checkpoint is written into a temporary folder, flushed to disk and renamed, so it is whole or not there; the rename is
+the one moment at which the run moves on. There are no pointers to keep in step: the last checkpoint is the one with the
+highest number, and its state.json names the best.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from triglot.config import RunConfig, from_dict, to_dict
+from triglot.errors import CheckpointError, ConfigError, require
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
+from triglot.models.factory import build_model
+from triglot.tokenizer import Tokenizers
+
+AVERAGE = "average"
+TOKENIZER_FILES = ("tokenizer.json", "source.json", "target.json")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it that is not a tensor."""
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    """Micro-batches of the epoch that have been used."""
+    tokens: int = 0
+    """Scored tokens trained on."""
+    seconds: float = 0.0
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Sums of nats, smoothed nats and tokens since the last line of metrics."""
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """What it found."""
+    best: str | None = None
+    """The name of the best checkpoint so far."""
+    best_score: float | None = None
+
+
+def step_name(step: int) -> str:
+    """The folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def step_checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first; a folder without manifest is none."""
+    return sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+
+
+def find_checkpoint(run: Path, which: str = "best") -> Path:
+    """The folder of the checkpoint called `which`: best, last, average, or a number of steps."""
+    steps, average = step_checkpoints(run), run / "checkpoints" / AVERAGE
+    require(bool(steps), "run", "a folder with checkpoints", str(run), CheckpointError)
+    averaged = (average / "manifest.json").exists()
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        best = read_progress(average if averaged else steps[-1]).best
+        return steps[-1] if best is None else run / "checkpoints" / best
+    names = {str(int(step.name.removeprefix("step-"))): step for step in steps} | ({AVERAGE: average} if averaged else {})
+    require(which in names, "checkpoint", f"best, last or one of {', '.join(names)}", which, CheckpointError)
+    return names[which]
+
+
+# Writing
+
+
+def save_checkpoint(
+    run: Path,
+    name: str,
+    config: RunConfig,
+    model: nn.Module,
+    progress: Progress,
+    optimizer: Optimizer | None = None,
+) -> Path:
+    """Write weights, optimizer, random state and progress as `checkpoints/name`, or leave everything as it was.
+
+    Raises CheckpointError where the disk does not take it.
+    """
+    folder, partial = run / "checkpoints" / name, run / "checkpoints" / f".writing-{name}"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir(parents=True)
+        _save_tensors(weights_of(model), partial / "model.safetensors")
+        if optimizer is not None:
+            _save_tensors(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+            _save_tensors(random_state(), partial / "rng.safetensors")
+        _write(partial / "config.json", _json(to_dict(config)))
+        _write(partial / "state.json", _json(dataclasses.asdict(progress) | {"torch": torch.__version__}))
+        beside = [f"../../{file}" for file in TOKENIZER_FILES if (run / file).exists()]
+        files = [*sorted(path.name for path in partial.iterdir()), *beside]
+        _write(partial / "manifest.json", _json({file: _sha256(partial / file) for file in files}))
+        _sync_folder(partial)
+        _rename(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{folder} could not be written: {error}") from error
+    return folder
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f".replaced-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_checkpoints(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and the best."""
+    best = find_checkpoint(run, "best")
+    for folder in step_checkpoints(run)[:-keep]:
+        if folder != best:
+            remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, the manifest first, so that half of one never passes for a whole one."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file of text so that it is at any moment the old one or the new one."""
+    partial = path.with_name(f".{path.name}.writing")
+    _write(partial, text)
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable without
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# Reading
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verified(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file, once its content is known to be what was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        expected = manifest[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'manifest.json'} is missing or damaged, or does not know {name}.") from error
+    path = folder / name
+    if not path.is_file() or _sha256(path) != expected:
+        raise CheckpointError(f"{path.resolve()} is missing or damaged: it is not what was written.")
+    return path
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(_verified(folder, name).read_text(encoding="utf-8"))
+    return values
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a run was at a checkpoint."""
+    values = _read_json(folder, "state.json")
+    return Progress(**{entry.name: values[entry.name] for entry in dataclasses.fields(Progress)})
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The resolved recipe that a checkpoint was made with."""
+    try:
+        return from_dict(RunConfig, _read_json(folder, "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights by name, on the processor; tied ones appear once."""
+    return load_file(_verified(folder, "model.safetensors"))
+
+
+class Loaded(NamedTuple):
+    model: Transformer | DecoderLLM
+    config: RunConfig
+    tokenizers: Tokenizers
+
+
+def load_model(
+    run: Path, which: str = "best", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Loaded:
+    """The model of a run's checkpoint `which` (best, last, average, or a number of steps), in evaluation mode.
+
+    Raises CheckpointError where something is missing or damaged, or where weights do not fit the config.
+    """
+    folder = find_checkpoint(run, which)
+    config = read_config(folder)
+    tokenizers = load_tokenizers(run, folder)
+    model = build_model(config.model)
+    set_weights(model, read_weights(folder), str(folder))
+    return Loaded(model.to(device, dtype).eval(), config, tokenizers)
+
+
+def load_tokenizers(run: Path, folder: Path) -> Tokenizers:
+    """A run's tokenizers, if they are the ones that the checkpoint `folder` was trained with."""
+    for name in TOKENIZER_FILES:
+        if (run / name).exists():
+            _verified(folder, f"../../{name}")
+    return Tokenizers.load(run)
+
+
+def restore_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
+    """Put model, optimizer and random state into the state of a checkpoint, and return how far it was."""
+    set_weights(model, read_weights(folder), str(folder))
+    set_optimizer_tensors(model, optimizer, load_file(_verified(folder, "optimizer.safetensors")), str(folder))
+    set_random_state(load_file(_verified(folder, "rng.safetensors")))
+    return read_progress(folder)
+
+
+# Tensors by name
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights and persistent buffers by name; of tied ones only the first."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if place not in seen:
+            weights[name] = tensor
+        seen.add(place)
+    return weights
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a model, all of them and no others; ties stay tied.
+
+    Raises CheckpointError listing every name that is missing, unknown or of another shape.
+    """
+    own = weights_of(model)
+    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    faults += [
+        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    if faults:
+        raise CheckpointError(f"The weights of {source} do not fit the model: {'; '.join(sorted(faults))}.")
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of several checkpoints' weights, summed in float64; whole numbers are the last one's."""
+    mean = read_weights(folders[-1])
+    sums = {name: tensor.double() for name, tensor in mean.items() if tensor.is_floating_point()}
+    for folder in folders[:-1]:
+        others = read_weights(folder)
+        for name, total in sums.items():
+            total += others[name]
+    return mean | {name: (total / len(folders)).to(mean[name].dtype) for name, total in sums.items()}
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    return [(names[id(weight)], weight) for group in optimizer.param_groups for weight in group["params"]]
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `weight's name/quantity`; its settings follow from the config and are not part of it."""
+    return {
+        f"{name}/{quantity}": value
+        for name, weight in _names(model, optimizer)
+        for quantity, value in optimizer.state[weight].items()
+    }
+
+
+def set_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give an optimizer the state that `optimizer_tensors` read off one over the same weights."""
+    names = [name for name, _ in _names(model, optimizer)]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        if name not in names:
+            raise CheckpointError(f"The optimizer of {source} knows a weight that the model does not have: {name}.")
+        state.setdefault(names.index(name), {})[quantity] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of every random generator that PyTorch draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"cuda:{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Put the generators that exist here into the given states."""
+    torch.set_rng_state(states["cpu"])
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda:{number}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{number}"], number)

@@ -1,0 +1,25 @@
+"""What can go wrong through no fault of the code, and the one form in which it is told."""
+
+from typing import Any
+
+
+class TriglotError(Exception):
+    """Anything a user can cause and can mend."""
+
+
+class ConfigError(TriglotError, ValueError):
+    """A recipe, an option or an argument is not usable."""
+
+
+class DataError(TriglotError, ValueError):
+    """A text, a file of pairs or a data set is not usable."""
+
+
+class CheckpointError(TriglotError, ValueError):
+    """A run or a checkpoint is missing, damaged or does not fit."""
+
+
+def require(holds: bool, name: str, rule: str, value: Any, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` with "`name` must be rule, but is value instead." unless `holds`."""
+    if not holds:
+        raise error(f"`{name}` must be {rule}, but is {value!r} instead.")

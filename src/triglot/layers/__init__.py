@@ -1,0 +1,1 @@
+"""The parts that the three models share; they take primitives and know no config."""

@@ -1,0 +1,111 @@
+"""Scaled dot-product attention and the multi-head layer around it (Vaswani et al. 2017, §3.2)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from triglot.errors import require
+from triglot.layers.cache import LayerCache, MemoryCache
+from triglot.layers.masks import check_mask, create_look_ahead_mask
+from triglot.layers.positions import Rotation, rotate
+
+Hidden = Float[Tensor, "batch length d_model"]
+Heads = Float[Tensor, "batch heads length head_dim"]
+
+
+class Attention(NamedTuple):
+    """What attention returns; `weights` are None where they were not asked for."""
+
+    output: Float[Tensor, "batch query d_model"]
+    weights: Float[Tensor, "batch heads query key"] | None
+
+
+def attention_weights(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch heads key head_dim"],
+    may_attend: Bool[Tensor, "*lead #query key"] | None = None,
+) -> Float[Tensor, "batch heads query key"]:
+    """softmax(Q Kᵀ / √head_dim), in fp32, over the keys that `may_attend` allows; zeros for a query that has none."""
+    scores = (query @ key.mT).float() / math.sqrt(query.size(-1))
+    if may_attend is None:
+        return scores.softmax(-1).to(query.dtype)
+    scores = scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).masked_fill(~may_attend, 0.0).to(query.dtype)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention over `num_heads` projections of width d_model / num_heads, side by side.
+
+    With `num_kv_heads` below `num_heads`, groups of query heads share keys and values (Ainslie et al. 2023). With
+    `need_weights` the weights are written out (before dropout, so that rows sum to 1 in training too); without, the
+    same output comes from PyTorch's fused kernel and they are None. `mask` is True where a query may attend to a key.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, dropout: float = 0.1, *, num_kv_heads: int | None = None, bias: bool = True
+    ) -> None:
+        super().__init__()
+        require(d_model % num_heads == 0, "d_model", f"divisible by num_heads ({num_heads})", d_model)
+        num_kv_heads = num_kv_heads or num_heads
+        require(num_heads % num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads ({num_heads})", num_kv_heads)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
+        self.query = nn.Linear(d_model, d_model, bias=bias)
+        self.key = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
+        self.value = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
+        self.output = nn.Linear(d_model, d_model, bias=bias)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch query d_model"],
+        key: Float[Tensor, "batch key d_model"],
+        value: Float[Tensor, "batch key d_model"],
+        mask: Bool[Tensor, "..."] | None = None,
+        *,
+        causal: bool = False,
+        rotation: Rotation | None = None,
+        cache: LayerCache | MemoryCache | None = None,
+        need_weights: bool = True,
+    ) -> Attention:
+        """`causal` says that `mask` is the look-ahead mask without its being written out; both together are refused."""
+        require(not causal or mask is None, "mask", "None when `causal` is set", mask)
+        if mask is not None:
+            check_mask(mask)
+        q = self.split(self.query(query))
+        if rotation is not None:
+            q = rotate(q, rotation)
+        k, v = self.keys_and_values(key, value, rotation, cache)
+        output, weights = self.attend(q, k, v, mask, causal, need_weights)
+        return Attention(self.output(output.transpose(1, 2).flatten(2)), weights)
+
+    def keys_and_values(
+        self, key: Hidden, value: Hidden, rotation: Rotation | None, cache: LayerCache | MemoryCache | None
+    ) -> tuple[Heads, Heads]:
+        if isinstance(cache, MemoryCache) and cache.held is not None:
+            return cache.held
+        k, v = self.split(self.key(key)), self.split(self.value(value))
+        if rotation is not None:
+            k = rotate(k, rotation)
+        return (k, v) if cache is None else cache.append(k, v)
+
+    def attend(
+        self, q: Heads, k: Heads, v: Heads, mask: Tensor | None, causal: bool, need_weights: bool
+    ) -> tuple[Heads, Float[Tensor, "batch heads query key"] | None]:
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            grouped = self.num_kv_heads < self.num_heads
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+            )
+            return mixed, None
+        groups = self.num_heads // self.num_kv_heads
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        weights = attention_weights(q, k, create_look_ahead_mask(q.size(2), device=q.device) if causal else mask)
+        return F.dropout(weights, dropout) @ v, weights
+
+    def split(self, x: Hidden) -> Heads:
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]

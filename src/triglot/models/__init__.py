@@ -1,0 +1,1 @@
+"""The three shapes of the Transformer, assembled from blocks."""

@@ -1,0 +1,146 @@
+"""What a batch costs: the one place where a model meets its data; training minimises it, evaluation reports it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from triglot.data.batch import Batch, PairBatch
+from triglot.layers.masks import create_document_mask, create_masks
+from triglot.layers.moe import Routing
+from triglot.losses import expert_losses, token_cross_entropy
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
+
+Model = Transformer | DecoderLLM
+
+
+class ExpertStats(NamedTuple):
+    """How a forward pass used its experts, layer by layer, detached from the graph."""
+
+    load: Float[Tensor, "layers experts"]
+    entropy: Float[Tensor, "layers"]
+    dropped: Float[Tensor, "layers"]
+    balance: Float[Tensor, ""]
+    z: Float[Tensor, ""]
+
+
+class Totals(NamedTuple):
+    """Sums over a batch's scored tokens, in nats; dividing by a step's tokens makes micro-batches add up to one batch."""
+
+    loss: Float[Tensor, ""]
+    """What training minimises: smoothed, plus tokens · weighted expert losses in training mode; differentiable."""
+    smoothed: Float[Tensor, ""]
+    nll: Float[Tensor, ""]
+    tokens: Int[Tensor, ""]
+    experts: ExpertStats | None
+
+
+class Objective(nn.Module):
+    """A model with its loss, so that whatever wraps modules (DDP, FSDP, compile) sees one forward from batch to totals."""
+
+    def __init__(self, model: Model, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, batch: Batch) -> Totals:
+        hidden, targets, routing = run_model(self.model, batch)
+        scored = token_cross_entropy(self.model.head(hidden), targets, label_smoothing=self.label_smoothing)
+        loss, extra = scored.total, expert_losses(routing)
+        options = self.model.options.experts
+        if self.training and options is not None:
+            penalty = options.balance_weight * extra.balance + options.z_weight * extra.z
+            loss = loss + scored.tokens * penalty
+        stats = None
+        if routing:
+            per_layer = (torch.stack(values).detach() for values in zip(*map(_figures, routing), strict=True))
+            stats = ExpertStats(*per_layer, extra.balance.detach(), extra.z.detach())
+        return Totals(loss, scored.total.detach(), scored.nll, scored.tokens, stats)
+
+
+def _figures(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    return routing.load, routing.entropy, routing.dropped
+
+
+class Forwarded(NamedTuple):
+    hidden: Float[Tensor, "batch length d_model"]
+    targets: Int[Tensor, "batch length"]
+    routing: list[Routing]
+
+
+def run_model(model: Model, batch: Batch) -> Forwarded:
+    """The model's hidden states over a batch, under the masks that the batch asks for, beside the targets."""
+    if isinstance(batch, PairBatch):
+        assert isinstance(model, Transformer)
+        masks = create_masks(batch.src, batch.tgt_in)
+        pairs = model.run(batch.src, batch.tgt_in, *masks)
+        return Forwarded(pairs.hidden, batch.tgt_out, pairs.routing)
+    assert isinstance(model, DecoderLLM)
+    text = model.run(batch.input_ids, segments=batch.segments)
+    return Forwarded(text.hidden, batch.targets, text.routing)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; the copy overlaps with what else is done where the memory allows it."""
+    return type(batch)(*(None if part is None else part.to(device, non_blocking=True) for part in batch))  # type: ignore[arg-type]
+
+
+def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> torch.autocast:
+    """Matrix products in `precision`; weights, norms, softmax and losses stay in fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def same_randomness(device: torch.device) -> Iterator[None]:
+    """The random state is afterwards as before, on the processor and on `device`."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; mode and random state are afterwards as before."""
+    mode = module.training
+    module.eval()
+    try:
+        with same_randomness(device), torch.no_grad():
+            yield
+    finally:
+        module.train(mode)
+
+
+class Scored(NamedTuple):
+    """Nats over a data set, and how many tokens they were; the mean is sum by sum, never a mean of means."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; nan where nothing is scored."""
+        return self.nll / self.tokens if self.tokens else float("nan")
+
+
+def score_batches(
+    model: Model,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    stop: Callable[[], bool] = lambda: False,
+) -> Scored:
+    """−log p, unsmoothed, summed over every scored token of `batches`; ends early where `stop` says so."""
+    objective = Objective(model)
+    nll, tokens = 0.0, 0
+    with evaluating(model, device):
+        objective.eval()
+        for batch in batches:
+            with autocast(device, precision):
+                totals = objective(to_device(batch, device))
+            nll, tokens = nll + totals.nll.item(), tokens + int(totals.tokens)
+            if stop():
+                break
+    return Scored(nll, tokens)

@@ -1,0 +1,140 @@
+"""Sampling does what the naive Python versions beside it do, and follows the probabilities it is given."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triglot.decoding.sampling import Sampler, draw, keep_top_k, keep_top_p, largest
+from triglot.errors import ConfigError
+
+# Few distinct values, so that ties are common; minus infinity, as of banned ids.
+VALUES = st.sampled_from([-math.inf, -3.0, -1.25, 0.0, 0.5, 2.0, 2.5])
+ROWS = st.integers(2, 13).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=1, max_size=3))
+
+
+def ranked(row: list[float]) -> list[int]:
+    return sorted(range(len(row)), key=lambda token: (-row[token], token))
+
+
+def kept(logits: torch.Tensor) -> list[list[int]]:
+    return [[token for token, value in enumerate(row) if value > -math.inf] for row in logits.tolist()]
+
+
+@settings(deadline=None, max_examples=50)
+@given(ROWS, st.integers(1, 17))
+def test_largest_is_a_stable_sort_cut_short(rows, count):
+    values, index = largest(torch.tensor(rows), count)
+    assert index.tolist() == [ranked(row)[:count] for row in rows]
+    assert values.tolist() == [[row[token] for token in ranked(row)[:count]] for row in rows]
+
+
+@settings(deadline=None, max_examples=50)
+@given(ROWS, st.integers(1, 17))
+def test_top_k_keeps_exactly_k_with_ties_by_lower_id(rows, top_k):
+    expected = [sorted(t for t in ranked(row)[:top_k] if row[t] > -math.inf) for row in rows]
+    assert kept(keep_top_k(torch.tensor(rows), top_k)) == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(ROWS.filter(lambda rows: all(max(row) > -math.inf for row in rows)), st.floats(0.01, 1.0))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(rows, top_p):
+    for row, tokens in zip(rows, kept(keep_top_p(torch.tensor(rows), top_p)), strict=True):
+        weights = [math.exp(value) for value in row]
+        total = sum(weights)
+        assert tokens
+        assert sorted(tokens) == sorted(ranked(row)[: len(tokens)])
+        reached = sum(weights[token] for token in tokens) / total
+        without_last = reached - weights[ranked(row)[len(tokens) - 1]] / total
+        assert reached >= top_p - 1e-5
+        assert without_last < top_p + 1e-5
+
+
+@settings(deadline=None, max_examples=50)
+@given(ROWS.filter(lambda rows: all(max(row) > -math.inf for row in rows)), st.floats(0, 1, exclude_max=True, width=32))
+def test_a_draw_inverts_the_cumulative_probabilities(rows, uniform):
+    probabilities = torch.tensor(rows).softmax(1)
+    tokens = draw(probabilities, torch.full((len(rows),), uniform)).tolist()
+    for row, token in zip(probabilities.tolist(), tokens, strict=True):
+        assert row[token] > 0
+        assert sum(row[:token]) <= uniform + 1e-6
+        assert sum(row[: token + 1]) > uniform - 1e-6
+
+
+def test_the_largest_uniform_number_never_draws_what_has_probability_zero():
+    probabilities = torch.rand(211, 1009, generator=torch.Generator().manual_seed(0))
+    probabilities[:, 601:] = 0
+    probabilities /= probabilities.sum(1, keepdim=True)
+    assert draw(probabilities, torch.full((211,), 1 - 2**-24)).max() == 600
+
+
+@pytest.mark.parametrize(
+    ("sampler", "share"),
+    [
+        (Sampler(), [0.1, 0.2, 0.3, 0.4]),
+        (Sampler(temperature=0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        (Sampler(top_k=3), [0, 2 / 9, 3 / 9, 4 / 9]),
+        (Sampler(top_p=0.65), [0, 0, 3 / 7, 4 / 7]),
+        (Sampler(top_k=3, top_p=0.5), [0, 0, 3 / 7, 4 / 7]),
+    ],
+)
+def test_draws_follow_the_probabilities(sampler, share):
+    draws, expected = 40_000, torch.tensor(share)
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(draws, 4)
+    counts = sampler(logits, torch.Generator().manual_seed(7)).bincount(minlength=4)
+    possible = expected > 0
+    assert not counts[~possible].any()
+    chi_square = ((counts - draws * expected)[possible] ** 2 / (draws * expected[possible])).sum()
+    assert chi_square < 16.3  # the 0.1 % point of three degrees of freedom
+
+
+@settings(deadline=None, max_examples=25)
+@given(ROWS, st.sampled_from([None, 1, 2, 50]), st.sampled_from([None, 0.3, 1.0]))
+def test_temperature_zero_is_the_first_of_the_largest(rows, top_k, top_p):
+    chosen = Sampler(temperature=0, top_k=top_k, top_p=top_p)(torch.tensor(rows)).tolist()
+    assert chosen == [ranked(row)[0] for row in rows]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_temperature_next_to_zero_is_greedy(temperature, dtype):
+    logits = torch.randn(23, 31, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[:, 17] = logits.amax(1) + 1
+    assert (Sampler(temperature=temperature)(logits) == 17).all()
+
+
+def test_a_rows_own_generator_makes_it_independent_of_its_mates():
+    logits = torch.randn(5, 19, generator=torch.Generator().manual_seed(2))
+
+    def generators(rows):
+        return [torch.Generator().manual_seed(row) for row in rows]
+
+    together = Sampler()(logits, generators(range(5)))
+    turned = Sampler()(logits.flip(0), generators(reversed(range(5)))).flip(0)
+    alone = torch.cat([Sampler()(logits[row : row + 1], generators([row])) for row in range(5)])
+    assert together.tolist() == turned.tolist() == alone.tolist()
+
+
+def test_one_uniform_number_is_taken_a_row():
+    one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    Sampler(top_k=2, top_p=0.9)(torch.randn(7, 11), one)
+    torch.rand(7, generator=other)
+    assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=other))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "`temperature` must be at least 0 and finite, but is -0.1 instead."),
+        ({"temperature": math.nan}, "`temperature` must be at least 0 and finite, but is nan instead."),
+        ({"top_k": 0}, "`top_k` must be at least 1, or left out, but is 0 instead."),
+        ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, or left out, but is 0.0 instead."),
+        ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1, or left out, but is 1.5 instead."),
+    ],
+)
+def test_refuses_what_makes_no_distribution(options, message):
+    with pytest.raises(ConfigError) as refusal:
+        Sampler(**options)
+    assert str(refusal.value) == message
