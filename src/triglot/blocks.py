@@ -1,4 +1,4 @@
-"""What models are stacked from: attention and feed-forward, each in a residual connection (Vaswani et al. 2017, §3.1)."""
+"""What models are stacked from: attention and feed-forward in residual connections (Vaswani et al. 2017, §3.1)."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -112,14 +112,12 @@ class Block(nn.Module):
         """`real` marks the tokens that are no padding, for experts; `causal` stands for a look-ahead `mask`."""
 
         def attend(h: Hidden) -> Attention:
-            return self.self_attention(  # type: ignore[no-any-return]
+            return self.self_attention(
                 h, h, h, mask, causal=causal, rotation=rotation, cache=cache, need_weights=need_weights
             )
 
         def attend_to_memory(h: Hidden) -> Attention:
-            return self.cross_attention(  # type: ignore[no-any-return]
-                h, memory, memory, memory_mask, cache=memory_cache, need_weights=need_weights
-            )
+            return self.cross_attention(h, memory, memory, memory_mask, cache=memory_cache, need_weights=need_weights)
 
         def feed(h: Hidden) -> tuple[Hidden, Routing | None]:
             if isinstance(self.feed_forward, MixtureOfExperts):

@@ -67,8 +67,9 @@ def step_name(step: int) -> str:
 
 
 def step_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first; a folder without manifest is none."""
-    return sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+    """A run's checkpoints, oldest first; a folder without manifest is none, and one being replaced comes before its successor."""
+    folders = (manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+    return sorted(folders, key=lambda folder: (folder.stem, not folder.suffix))
 
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:
@@ -78,12 +79,12 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     averaged = (average / "manifest.json").exists()
     if which == "last":
         return steps[-1]
+    folders = {folder.stem: folder for folder in (*steps, *([average] if averaged else []))}
     if which == "best":
-        best = read_progress(average if averaged else steps[-1]).best
-        return steps[-1] if best is None else run / "checkpoints" / best
-    names = {str(int(step.name.removeprefix("step-"))): step for step in steps} | ({AVERAGE: average} if averaged else {})
-    require(which in names, "checkpoint", f"best, last or one of {', '.join(names)}", which, CheckpointError)
-    return names[which]
+        which = read_progress(average if averaged else steps[-1]).best or steps[-1].stem
+    name = step_name(int(which)) if which.isdecimal() else which
+    require(name in folders, "checkpoint", f"best, last or one of {', '.join(folders)}", which, CheckpointError)
+    return folders[name]
 
 
 # Writing
@@ -123,7 +124,7 @@ def save_checkpoint(
 
 
 def _rename(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".replaced-{folder.name}")
+    old = folder.with_suffix(".replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -318,7 +319,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return {
         f"{name}/{quantity}": value
         for name, weight in _names(model, optimizer)
-        for quantity, value in optimizer.state[weight].items()
+        for quantity, value in optimizer.state.get(weight, {}).items()
     }
 
 

@@ -27,7 +27,7 @@ class TokenLoss(NamedTuple):
 def token_cross_entropy(
     logits: Float[Tensor, "*lead vocab"], targets: Int[Tensor, "*lead"], *, label_smoothing: float = 0.0
 ) -> TokenLoss:
-    """Σ (1 − ε)·(−log p_y) + ε·mean over the vocabulary of −log p, in fp32, over targets not −100 (Szegedy et al. 2016, §7)."""
+    """Σ (1 − ε)·(−log p_y) + ε·mean of −log p, in fp32; targets of −100 count nothing (Szegedy et al. 2016, §7)."""
     flat, wanted = logits.flatten(0, -2).float(), targets.flatten()
     nll = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
     total = nll

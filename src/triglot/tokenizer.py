@@ -1,4 +1,4 @@
-"""Text to token ids and back without loss: bytes, characters or byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, §2.2).
+"""Text to token ids and back without loss: bytes, characters, byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
 
 Every byte has an id in every vocabulary, so no text is unknown; special tokens have no spelling that text could hit.
 """
@@ -24,9 +24,9 @@ os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLEL
 Kind = Literal["byte", "char", "bpe"]
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 
-# Words with the space in front of them, single digits, runs of marks, white space that leaves one space to the next word.
-# The bounds keep a megabyte without a space from becoming one word. Nothing matches letters together with "<" or "2", so
-# that BPE can not learn a piece spelled like a special token.
+# Words with the space in front of them, single digits, runs of marks, white space that leaves a space to the next word.
+# The bounds keep a megabyte without a space from becoming one word. Nothing matches letters together with "<" or "2",
+# so that BPE can not learn a piece spelled like a special token.
 _WORDS = Regex(r" ?[\p{L}\p{M}]{1,40}|\p{N}| ?[^\s\p{L}\p{M}\p{N}]{1,16}|\s{1,64}(?!\S)|\s{1,64}")
 _BETWEEN_WORDS = re.compile(r"(?<=[\w!-~])[ \n]")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -34,7 +34,7 @@ _PROBE = " A\r\n\x00é<pad>  2€"
 
 
 def _byte_letters() -> list[str]:
-    """The printable character that byte-level vocabularies write for each byte: itself, or the next one from U+0100 on."""
+    """The printable character that byte-level vocabularies write for each byte: itself, or one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -46,7 +46,7 @@ _BYTE_OF_FALLBACK = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def word_boundary(text: str) -> int:
-    """Where `text` can be cut last so that both parts, encoded alone, give the ids of the whole; 0 if nowhere near its end."""
+    """The last place to cut `text` so that its parts, encoded alone, give the ids of the whole; 0 if none is near its end."""
     tail = max(0, len(text) - 4096)
     return max((tail + match.start() for match in _BETWEEN_WORDS.finditer(text[tail:])), default=0)
 
@@ -88,7 +88,8 @@ class Tokenizer:
         require(specials[3:] == [_spelled(tag) for tag in self.tags], "tags", 'spelled "<2tag>"', specials[3:])
         by_letters = not getattr(backend.model, "byte_fallback", False)
         pieces = self._names[len(added) :]
-        self._bytes = (b"",) * len(added) + tuple(_letters_to_bytes(p) if by_letters else _char_to_bytes(p) for p in pieces)
+        to_bytes = _letters_to_bytes if by_letters else _char_to_bytes
+        self._bytes = (b"",) * len(added) + tuple(map(to_bytes, pieces))
         self.vocab_size: int = len(vocabulary)
         self.kind: Kind = "char" if not by_letters else "byte" if len(pieces) == 256 else "bpe"
 
@@ -106,7 +107,8 @@ class Tokenizer:
         if kind == "byte":
             return cls(_without_merges(specials, _LETTERS, fallback=False))
         least = 256 + len(specials)
-        require(vocab_size >= least, "vocab_size", f"at least {least}, the bytes and special tokens", vocab_size, DataError)
+        rule = f"at least {least}, the bytes and special tokens"
+        require(vocab_size >= least, "vocab_size", rule, vocab_size, DataError)
         backend = _with_words(tokenizers.Tokenizer(models.BPE()), fallback=False)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -123,7 +125,7 @@ class Tokenizer:
         return [self.bos_id] * bos + self.encode_batch([text])[0] + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts, without special tokens; on several threads unless TOKENIZERS_PARALLELISM is "false"."""
+        """The ids of many texts, without special tokens; on all cores unless TOKENIZERS_PARALLELISM is "false"."""
         try:
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:  # the library's word for lone surrogates
@@ -143,7 +145,7 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each token as a person can read it: "▁" for a space, escapes for what is not printable, <0xE2> for lone bytes."""
+        """Each token as a person can read it: "▁" for a space, escapes for the unprintable, <0xE2> for lone bytes."""
         return [self._readable(token_id) for token_id in ids]
 
     def _readable(self, token_id: int) -> str:
@@ -228,7 +230,8 @@ class Tokenizers(NamedTuple):
             return cls(tokenizer, tokenizer)
         sides = [path / "source.json", path / "target.json"]
         if not all(side.is_file() for side in sides):
-            raise CheckpointError(f"`tokenizer` must be a file, or a folder that holds tokenizer.json, but is {str(path)!r} instead.")
+            rule = "a tokenizer's file, or a folder that holds tokenizer.json"
+            raise CheckpointError(f"`tokenizer` must be {rule}, but is {str(path)!r} instead.")
         return cls(*map(Tokenizer.load, sides))
 
 

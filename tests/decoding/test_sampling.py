@@ -93,7 +93,7 @@ def test_draws_follow_the_probabilities(sampler, share):
 @settings(deadline=None, max_examples=25)
 @given(ROWS, st.sampled_from([None, 1, 2, 50]), st.sampled_from([None, 0.3, 1.0]))
 def test_temperature_zero_is_the_first_of_the_largest(rows, top_k, top_p):
-    chosen = Sampler(temperature=0, top_k=top_k, top_p=top_p)(torch.tensor(rows)).tolist()
+    chosen = Sampler(temperature=0.0, top_k=top_k, top_p=top_p)(torch.tensor(rows)).tolist()
     assert chosen == [ranked(row)[0] for row in rows]
 
 

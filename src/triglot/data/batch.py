@@ -31,4 +31,5 @@ Batch = LanguageBatch | PairBatch
 
 def num_targets(batch: Batch) -> int:
     """How many tokens of the batch are scored."""
-    return int((batch[2 if isinstance(batch, PairBatch) else 1] != IGNORED).sum())  # type: ignore[union-attr,operator]
+    targets = batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
+    return int((targets != IGNORED).sum())

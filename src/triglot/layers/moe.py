@@ -48,7 +48,7 @@ class MoEOutput(NamedTuple):
 
 
 def choose(logits: Float[Tensor, "tokens experts"], k: int) -> Choice:
-    """Softmax, the k most probable (ties: the lower id), renormalised to sum 1; at k = 1 the weight is the probability."""
+    """Softmax, the k most probable (ties: lower id), renormalised to sum 1; at k = 1 the weight is the probability."""
     probabilities = logits.softmax(-1)
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     weights = ordered[:, :k]

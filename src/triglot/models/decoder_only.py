@@ -58,6 +58,7 @@ class DecoderLLM(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size, self.d_model, self.max_len = vocab_size, d_model, max_len
+        self.num_kv_heads, self.head_dim = options.num_kv_heads or n_heads, d_model // n_heads
         self.options = options.with_dropout(attention=0.0, embedding=0.0)
         self.embedding = Embedding(
             vocab_size,
@@ -65,7 +66,7 @@ class DecoderLLM(nn.Module):
             max_len,
             self.options.embedding_dropout or 0.0,
             positions=options.positions,
-            head_dim=d_model // n_heads,
+            head_dim=self.head_dim,
             rope_theta=options.rope_theta,
             scale=options.scale_embeddings,
         )
@@ -177,19 +178,18 @@ class DecoderLLM(nn.Module):
 
     def head(self, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
         """Logits over the vocabulary."""
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+        return self.lm_head(hidden)
 
     def start(
         self, input_ids: Tokens, lengths: Int[Tensor, " batch"], max_new_tokens: int
     ) -> tuple[Float[Tensor, "batch vocab"], "DecoderOnlySteps"]:
         """Read right-padded prompts; logits after each prompt's last token, and what goes on from there."""
-        attention = self.layers[0].self_attention
         cache = Cache(
             len(self.layers),
             input_ids.size(0),
-            attention.num_kv_heads,  # type: ignore[union-attr,arg-type]
+            self.num_kv_heads,
             input_ids.size(1) + max_new_tokens,
-            attention.head_dim,  # type: ignore[union-attr,arg-type]
+            self.head_dim,
             dtype=self.lm_head.weight.dtype,
             device=input_ids.device,
         )
@@ -235,7 +235,7 @@ class DecoderLLM(nn.Module):
             new = generate(first, steps, sampler, max_new_tokens, eos_id=eos_id, generator=generator)
         finally:
             self.train(was_training)
-        rows = [torch.cat([input_ids[i, : lengths[i]], input_ids.new_tensor(new[i])]) for i in range(batch)]
+        rows = [torch.cat([input_ids[i, : lengths[i]], input_ids.new_tensor(new[i].ids)]) for i in range(batch)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
 
 

@@ -57,7 +57,7 @@ class StackRun(NamedTuple):
 
 
 class EncoderDecoderRun(NamedTuple):
-    """What the model knows before it projects to the vocabulary; `routing`: the encoder's layers, then the decoder's."""
+    """What the model knows before it projects to the vocabulary; `routing`: encoder's layers, then decoder's."""
 
     hidden: Float[Tensor, "batch length d_model"]
     enc_attention: list[Tensor] | None
@@ -85,13 +85,14 @@ class _Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.max_seq_length = max_seq_length
+        self.num_kv_heads, self.head_dim = options.num_kv_heads or num_heads, d_model // num_heads
         self.embedding = Embedding(
             vocab_size,
             d_model,
             max_seq_length,
             dropout if options.embedding_dropout is None else options.embedding_dropout,
             positions=options.positions,
-            head_dim=d_model // num_heads,
+            head_dim=self.head_dim,
             rope_theta=options.rope_theta,
             scale=options.scale_embeddings,
         )
@@ -218,7 +219,7 @@ class Transformer(nn.Module):
 
     def encode(self, src: Tokens, src_mask: Mask | None = None, *, need_weights: bool = True) -> EncoderOutput:
         """The source [batch, length, d_model] and each layer's attention."""
-        return self.encoder(src, src_mask, need_weights=need_weights)  # type: ignore[no-any-return]
+        return self.encoder(src, src_mask, need_weights=need_weights)
 
     def decode(
         self,
@@ -230,7 +231,7 @@ class Transformer(nn.Module):
         need_weights: bool = True,
     ) -> DecoderOutput:
         """The target [batch, length, d_model], each layer's self-attention and its attention over `enc_output`."""
-        return self.decoder(tgt, enc_output, look_ahead_mask, padding_mask, need_weights=need_weights)  # type: ignore[no-any-return]
+        return self.decoder(tgt, enc_output, look_ahead_mask, padding_mask, need_weights=need_weights)
 
     def forward(
         self,
@@ -273,20 +274,19 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
         """Logits over the target's vocabulary."""
-        return self.final_layer(hidden)  # type: ignore[no-any-return]
+        return self.final_layer(hidden)
 
     def start(
         self, src: Int[Tensor, "batch src_length"], src_mask: Mask | None, max_new_tokens: int
     ) -> "EncoderDecoderSteps":
         """Encode `src` and make ready to decode up to `max_new_tokens` tokens per row, the first of them after BOS."""
         memory = self.encoder.run(src, src_mask).x
-        attention = self.decoder.layers[0].self_attention
         cache = Cache(
             len(self.decoder.layers),
             src.size(0),
-            attention.num_kv_heads,
+            self.decoder.num_kv_heads,
             max_new_tokens,
-            attention.head_dim,
+            self.decoder.head_dim,
             dtype=memory.dtype,
             device=memory.device,
             memory=True,

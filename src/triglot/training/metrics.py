@@ -1,0 +1,105 @@
+"""What training tells: lines of JSON in the run's folder, and a reporter that shows them while it runs."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from triglot.checkpoint import Progress, write_atomic
+from triglot.config import RunConfig
+from triglot.errors import CheckpointError
+from triglot.objective import ExpertStats
+
+Line = Mapping[str, Any]
+"""`kind` is train, eval or average; `step` the step after which it was written; losses are nats per token."""
+
+
+class Reporter(Protocol):
+    """Whoever shows a run while it goes on."""
+
+    def start(self, config: RunConfig, model: nn.Module, progress: Progress, notes: Sequence[str]) -> None:
+        """Training is about to begin, or to go on, from `progress`; `notes` say what the data is and what was chosen."""
+
+    def step(self, line: Line) -> None:
+        """A step is done; `line` has the same keys as a train line of the metrics, `experts` in logged ones only."""
+
+    def evaluated(self, line: Line, is_best: bool) -> None:
+        """An evaluation is done."""
+
+    def finish(self, progress: Progress, stopped: bool) -> None:
+        """Training has ended, by itself or because it was `stopped`; the last checkpoint is written."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def start(self, config: RunConfig, model: nn.Module, progress: Progress, notes: Sequence[str]) -> None:
+        """Show nothing."""
+
+    def step(self, line: Line) -> None:
+        """Show nothing."""
+
+    def evaluated(self, line: Line, is_best: bool) -> None:
+        """Show nothing."""
+
+    def finish(self, progress: Progress, stopped: bool) -> None:
+        """Show nothing."""
+
+
+class MetricsLog:
+    """The run's metrics.jsonl: one JSON object per line, in the order of steps, each step once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, line: Line) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Have what is written on disk before a checkpoint says that it is."""
+        if self.path.exists():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+    def cut(self, progress: Progress) -> None:
+        """Remove what was written after the checkpoint that `progress` is of, so that going on writes it once."""
+        if self.path.exists():
+            lines = [line for line in read_metrics(self.path) if _is_before(line, progress)]
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _is_before(line: Line, progress: Progress) -> bool:
+    last = {"train": progress.step, "eval": progress.evaluated}
+    return bool(line["step"] <= last.get(line["kind"], -1))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics file; a last line that was cut off by the end of its process is left out."""
+    texts = path.read_text(encoding="utf-8").split("\n")
+    lines = []
+    for number, text in enumerate(texts[:-1], start=1):  # what follows the last line feed is empty or cut off
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise CheckpointError(f"{path}, line {number} is no JSON: {text[:60]!r}") from error
+    return lines
+
+
+def describe_experts(passes: Sequence[ExpertStats]) -> dict[str, float]:
+    """How evenly a step's forward passes used the experts; means over passes and layers where nothing else is said.
+
+    `load_max` is the fullest expert's load in units of an even share, in the layer where that is highest; `dead` counts
+    the experts, over all layers, that no token of the step chose; `entropy` is in nats per token.
+    """
+    load = torch.stack([stats.load for stats in passes]).mean(0)  # [layers, experts]
+    mean = {
+        name: torch.stack([getattr(stats, name) for stats in passes]).mean().item()
+        for name in ("entropy", "dropped", "balance", "z")
+    }
+    return {"load_max": load.max().item() * load.size(1), "dead": int((load == 0).sum()), **mean}
