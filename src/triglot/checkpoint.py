@@ -67,7 +67,7 @@ def step_name(step: int) -> str:
 
 
 def step_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first; a folder without manifest is none, and one being replaced comes before its successor."""
+    """A run's whole checkpoints, oldest first; one that is being replaced precedes its successor."""
     folders = (manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
     return sorted(folders, key=lambda folder: (folder.stem, not folder.suffix))
 
@@ -227,6 +227,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 class Loaded(NamedTuple):
+    """A trained model and what it was trained with."""
+
     model: Transformer | DecoderLLM
     config: RunConfig
     tokenizers: Tokenizers

@@ -1,6 +1,6 @@
 """What a batch costs: the one place where a model meets its data; training minimises it, evaluation reports it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from triglot.data.batch import Batch, PairBatch
-from triglot.layers.masks import create_document_mask, create_masks
+from triglot.layers.masks import create_masks
 from triglot.layers.moe import Routing
-from triglot.losses import expert_losses, token_cross_entropy
+from triglot.losses import ExpertLosses, expert_losses, token_cross_entropy
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
@@ -22,14 +22,14 @@ class ExpertStats(NamedTuple):
     """How a forward pass used its experts, layer by layer, detached from the graph."""
 
     load: Float[Tensor, "layers experts"]
-    entropy: Float[Tensor, "layers"]
-    dropped: Float[Tensor, "layers"]
+    entropy: Float[Tensor, " layers"]
+    dropped: Float[Tensor, " layers"]
     balance: Float[Tensor, ""]
     z: Float[Tensor, ""]
 
 
 class Totals(NamedTuple):
-    """Sums over a batch's scored tokens, in nats; dividing by a step's tokens makes micro-batches add up to one batch."""
+    """Sums over a batch's scored tokens, in nats; divided by a step's tokens, micro-batches add up to one batch."""
 
     loss: Float[Tensor, ""]
     """What training minimises: smoothed, plus tokens · weighted expert losses in training mode; differentiable."""
@@ -40,7 +40,7 @@ class Totals(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A model with its loss, so that whatever wraps modules (DDP, FSDP, compile) sees one forward from batch to totals."""
+    """A model with its loss, so that what wraps modules (DDP, FSDP, compile) sees one forward from batch to totals."""
 
     def __init__(self, model: Model, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -54,18 +54,23 @@ class Objective(nn.Module):
         if self.training and options is not None:
             penalty = options.balance_weight * extra.balance + options.z_weight * extra.z
             loss = loss + scored.tokens * penalty
-        stats = None
-        if routing:
-            per_layer = (torch.stack(values).detach() for values in zip(*map(_figures, routing), strict=True))
-            stats = ExpertStats(*per_layer, extra.balance.detach(), extra.z.detach())
+        stats = _describe(routing, extra) if routing else None
         return Totals(loss, scored.total.detach(), scored.nll, scored.tokens, stats)
 
 
-def _figures(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    return routing.load, routing.entropy, routing.dropped
+def _describe(routing: Sequence[Routing], losses: ExpertLosses) -> ExpertStats:
+    return ExpertStats(
+        load=torch.stack([layer.load for layer in routing]).detach(),
+        entropy=torch.stack([layer.entropy for layer in routing]).detach(),
+        dropped=torch.stack([layer.dropped for layer in routing]).detach(),
+        balance=losses.balance.detach(),
+        z=losses.z.detach(),
+    )
 
 
 class Forwarded(NamedTuple):
+    """What the loss is computed from."""
+
     hidden: Float[Tensor, "batch length d_model"]
     targets: Int[Tensor, "batch length"]
     routing: list[Routing]

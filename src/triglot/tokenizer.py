@@ -1,4 +1,4 @@
-"""Text to token ids and back without loss: bytes, characters, byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
+"""Text to token ids and back, exactly: bytes, characters or byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
 
 Every byte has an id in every vocabulary, so no text is unknown; special tokens have no spelling that text could hit.
 """
@@ -46,7 +46,7 @@ _BYTE_OF_FALLBACK = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def word_boundary(text: str) -> int:
-    """The last place to cut `text` so that its parts, encoded alone, give the ids of the whole; 0 if none is near its end."""
+    """The last place to cut `text` so that its parts give the ids of the whole; 0 if none is near its end."""
     tail = max(0, len(text) - 4096)
     return max((tail + match.start() for match in _BETWEEN_WORDS.finditer(text[tail:])), default=0)
 

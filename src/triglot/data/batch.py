@@ -1,9 +1,15 @@
 """What a model is fed: token ids in rectangles, with the padding marked."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from triglot.tokenizer import Tokenizer
 
 IGNORED = -100
 """The target of a position that is not scored."""
@@ -33,3 +39,19 @@ def num_targets(batch: Batch) -> int:
     """How many tokens of the batch are scored."""
     targets = batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
     return int((targets != IGNORED).sum())
+
+
+def padded(rows: Sequence[ArrayLike], value: int = Tokenizer.pad_id) -> Int[Tensor, "rows longest"]:
+    """Rows of ids as one rectangle, filled up with `value` on the right."""
+    arrays = [np.asarray(row, np.int64) for row in rows]
+    rectangle = np.full((len(arrays), max(map(len, arrays), default=0)), value, np.int64)
+    for place, row in zip(rectangle, arrays, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(rectangle)
+
+
+def pair_batch(sources: Sequence[ArrayLike], targets: Sequence[ArrayLike]) -> PairBatch:
+    """Sources as the encoder reads them and targets without special tokens, shifted first and padded then."""
+    given = [np.concatenate([[Tokenizer.bos_id], row]) for row in targets]
+    wanted = [np.concatenate([row, [Tokenizer.eos_id]]) for row in targets]
+    return PairBatch(padded(sources), padded(given), padded(wanted, IGNORED))

@@ -6,7 +6,7 @@ encoder–decoder is fed the begin token, `logits = steps.step(begin)`. Every se
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -93,9 +93,14 @@ def generate(
     generator: Generators = None,
 ) -> list[Decoded]:
     """What `stream` yields, gathered by rows."""
-    ids: list[list[int]] = [[] for _ in range(logits.size(0))]
-    log_probs = [0.0] * logits.size(0)
     tokens = stream(logits, steps, sampler, max_new_tokens, eos_id=eos_id, banned=banned, generator=generator)
+    return gather(tokens, logits.size(0), eos_id)
+
+
+def gather(tokens: Iterable[Token], rows: int, eos_id: int | None) -> list[Decoded]:
+    """The text of each row out of a stream."""
+    ids: list[list[int]] = [[] for _ in range(rows)]
+    log_probs = [0.0] * rows
     for token in tokens:
         ids[token.row].append(token.id)
         log_probs[token.row] += token.log_prob

@@ -15,6 +15,8 @@ from triglot.layers.positions import Rotation, rotate
 
 Hidden = Float[Tensor, "batch length d_model"]
 Heads = Float[Tensor, "batch heads length head_dim"]
+Queries = Float[Tensor, "batch heads query head_dim"]
+Held = Float[Tensor, "batch kv_heads held head_dim"]
 
 
 class Attention(NamedTuple):
@@ -84,7 +86,7 @@ class MultiHeadAttention(nn.Module):
 
     def keys_and_values(
         self, key: Hidden, value: Hidden, rotation: Rotation | None, cache: LayerCache | MemoryCache | None
-    ) -> tuple[Heads, Heads]:
+    ) -> tuple[Held, Held]:
         if isinstance(cache, MemoryCache) and cache.held is not None:
             return cache.held
         k, v = self.split(self.key(key)), self.split(self.value(value))
@@ -93,8 +95,8 @@ class MultiHeadAttention(nn.Module):
         return (k, v) if cache is None else cache.append(k, v)
 
     def attend(
-        self, q: Heads, k: Heads, v: Heads, mask: Tensor | None, causal: bool, need_weights: bool
-    ) -> tuple[Heads, Float[Tensor, "batch heads query key"] | None]:
+        self, q: Queries, k: Held, v: Held, mask: Tensor | None, causal: bool, need_weights: bool
+    ) -> tuple[Queries, Float[Tensor, "batch heads query held"] | None]:
         dropout = self.dropout if self.training else 0.0
         if not need_weights:
             grouped = self.num_kv_heads < self.num_heads

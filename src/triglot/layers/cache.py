@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Heads = Float[Tensor, "batch kv_heads length head_dim"]
+Held = Float[Tensor, "batch kv_heads held head_dim"]
 
 
 class LayerCache:
@@ -17,7 +18,7 @@ class LayerCache:
     def __init__(self, cache: "Cache", layer: int) -> None:
         self.cache, self.layer = cache, layer
 
-    def append(self, keys: Heads, values: Heads) -> tuple[Heads, Heads]:
+    def append(self, keys: Heads, values: Heads) -> tuple[Held, Held]:
         """Write behind each row's end; return keys and values of the whole rows, longest row's length wide."""
         return self.cache.write(self.layer, keys, values)
 
@@ -28,7 +29,7 @@ class MemoryCache:
     def __init__(self) -> None:
         self.held: tuple[Heads, Heads] | None = None
 
-    def append(self, keys: Heads, values: Heads) -> tuple[Heads, Heads]:
+    def append(self, keys: Heads, values: Heads) -> tuple[Held, Held]:
         self.held = (keys, values)
         return self.held
 
@@ -65,7 +66,7 @@ class Cache:
         key = torch.arange(self.longest + num_new, device=self.lengths.device)
         return (key <= self.positions(num_new)[:, :, None])[:, None]
 
-    def write(self, layer: int, keys: Heads, values: Heads) -> tuple[Heads, Heads]:
+    def write(self, layer: int, keys: Heads, values: Heads) -> tuple[Held, Held]:
         num_new, end = keys.size(2), self.longest + keys.size(2)
         held_keys, held_values = self.keys[layer], self.values[layer]
         if self.longest == 0:

@@ -1,6 +1,6 @@
 """The decoder-only language model (Radford et al. 2018; with the right options, Touvron et al. 2023)."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,7 +82,7 @@ class DecoderLLM(nn.Module):
             self.lm_head.weight = self.embedding.tokens.weight
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
+    def from_config(cls, config: ModelConfig) -> "DecoderLLM":
         """The model that a recipe describes."""
         return cls(
             config.vocab_size,

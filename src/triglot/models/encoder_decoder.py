@@ -1,6 +1,6 @@
 """The encoder–decoder Transformer (Vaswani et al. 2017)."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
             self.final_layer.weight = self.encoder.embedding.tokens.weight
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> Self:
+    def from_config(cls, config: ModelConfig) -> "Transformer":
         """The model that a recipe describes."""
         return cls(
             config.src_vocab_size,

@@ -22,7 +22,7 @@ class Reporter(Protocol):
     """Whoever shows a run while it goes on."""
 
     def start(self, config: RunConfig, model: nn.Module, progress: Progress, notes: Sequence[str]) -> None:
-        """Training is about to begin, or to go on, from `progress`; `notes` say what the data is and what was chosen."""
+        """Training begins, or goes on, from `progress`; `notes` say what the data is and what was chosen."""
 
     def step(self, line: Line) -> None:
         """A step is done; `line` has the same keys as a train line of the metrics, `experts` in logged ones only."""

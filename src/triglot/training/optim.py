@@ -36,7 +36,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     are neither a bias nor an embedding. An output projection tied to an embedding counts as the embedding.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
@@ -46,7 +47,7 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of the `step`-th step, from 1: it is at its peak at the end of the warm-up, at its floor at the end.
+    """The learning rate of the `step`-th step, from 1: the peak at the end of the warm-up, the floor at the end.
 
     inverse_sqrt is the shape of Vaswani et al. 2017, §5.3, with its peak at `learning_rate` rather than at
     d_model^-½ · warmup^-½, and does not know where the end is.

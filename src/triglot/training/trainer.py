@@ -19,7 +19,7 @@ from triglot.checkpoint import Progress, step_name
 from triglot.config import TrainConfig
 from triglot.data.batch import Batch, num_targets
 from triglot.data.dataset import Dataset
-from triglot.errors import ConfigError, TriglotError, require
+from triglot.errors import ConfigError, DataError, TriglotError, require
 from triglot.objective import Objective, Totals, autocast, evaluating, score_batches, to_device
 from triglot.training.metrics import MetricsLog, Reporter, describe_experts
 from triglot.training.optim import learning_rate
@@ -34,6 +34,13 @@ class Feed:
     def __init__(self, data: Dataset, progress: Progress, max_epochs: int | None) -> None:
         self.data, self.progress, self.max_epochs = data, progress, max_epochs
         self.batches: Iterator[Batch] | None = None
+        self.length = self.count()
+
+    def count(self) -> int:
+        """Micro-batches of the epoch that progress is in."""
+        count = self.data.num_batches(self.progress.epoch)
+        require(count > 0, "the number of training batches", "at least 1", count, DataError)
+        return count
 
     @property
     def empty(self) -> bool:
@@ -49,8 +56,9 @@ class Feed:
                 self.batches = iter(self.data.epoch(at.epoch, at.index))
             taken.append(next(self.batches))
             at.index += 1
-            if at.index == self.data.num_batches(at.epoch):
+            if at.index == self.length:
                 at.epoch, at.index, self.batches = at.epoch + 1, 0, None
+                self.length = self.count()
         return taken
 
 
@@ -80,6 +88,8 @@ def stop_requests() -> Iterator[Stop]:
 
     def restore() -> None:
         for number, handler in before.items():
+            if handler is None:  # it was not set from Python, and cannot be
+                handler = signal.SIG_DFL
             signal.signal(number, handler)
 
     for number in before:
@@ -129,14 +139,15 @@ class Trainer:
         self.lap, self.lap_tokens = time.perf_counter(), 0
 
     def fit(self) -> int | None:
-        """Train; returns the signal that stopped it, or None. The last checkpoint is of the last step in either case."""
+        """Train; returns the signal that stopped it, or None. Either way the last checkpoint is of the last step."""
         saved = self.progress.step
         with stop_requests() as stop:
             while not stop.requested:
-                finished = self.finished()
+                finished, paused = self.finished(), time.perf_counter()
                 if (finished or self.progress.step % self.config.eval_every == 0) and self.evaluate(stop):
                     self.checkpoint()
                     saved = self.progress.step
+                    self.lap += time.perf_counter() - paused
                 if finished:
                     break
                 if not stop.requested:
@@ -158,8 +169,8 @@ class Trainer:
         finite = math.isfinite(found.smoothed) and bool(found.norm.isfinite())
         if not finite:
             raise TriglotError(
-                f"Step {number} has a loss of {found.nll / found.tokens} and gradients of norm {found.norm.item()}: it was"
-                " not applied, and no checkpoint was written after it. A lower train.learning_rate, a longer"
+                f"Step {number} has a loss of {found.nll / found.tokens} and gradients of norm {found.norm.item()}:"
+                " it was not applied, and nothing was saved after it. A lower train.learning_rate, a longer"
                 " train.warmup_steps or train.precision = fp32 may help."
             )
         if self.config.clip_norm is not None:
@@ -194,7 +205,7 @@ class Trainer:
         line: dict[str, Any] = {
             "kind": "train",
             "step": number,
-            "epoch": at.epoch + at.index / self.feed.data.num_batches(at.epoch),
+            "epoch": at.epoch + at.index / self.feed.length,
             "loss": at.window[0] / at.window[2],
             "smoothed": at.window[1] / at.window[2],
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -213,7 +224,7 @@ class Trainer:
 
     def evaluate(self, stop: Stop) -> bool:
         """Score the model and note whether it is the best so far; False where that was done before, or was stopped."""
-        at, paused = self.progress, time.perf_counter()
+        at = self.progress
         if at.evaluated == at.step:
             return False
         scores = self.scores(stop)
@@ -226,7 +237,6 @@ class Trainer:
         line = {"kind": "eval", "step": at.step, **scores, "seconds": at.seconds}
         self.log.write(line)
         self.reporter.evaluated(line, is_best)
-        self.lap += time.perf_counter() - paused
         return True
 
     def scores(self, stop: Stop) -> dict[str, float]:
@@ -246,7 +256,7 @@ class Trainer:
     def is_better(self, scores: Mapping[str, float]) -> bool:
         """Whether scores beat the best so far: a loss by being lower, all else by being higher; a draw does not."""
         new, old = scores[self.config.keep_best], self.progress.best_score
-        if old is None:
+        if old is None or math.isnan(old):
             return True
         return new < old if self.config.keep_best == "loss" else new > old
 

@@ -1,0 +1,1 @@
+"""Looking inside: what a model is made of and costs, what it attends to, and how its training went."""

@@ -1,0 +1,274 @@
+"""A run from its recipe to its last checkpoint: `train` puts the parts together."""
+
+import dataclasses
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from triglot import checkpoint
+from triglot.checkpoint import Progress
+from triglot.config import RunConfig, load_config, to_dict
+from triglot.data.prepare import Prepared, prepare
+from triglot.errors import CheckpointError, ConfigError, require
+from triglot.models.factory import build_model, count_parameters
+from triglot.objective import Model, Objective
+from triglot.tokenizer import Tokenizers
+from triglot.training.metrics import MetricsLog, Reporter, Silent
+from triglot.training.optim import make_optimizer
+from triglot.training.precision import faster_precision
+from triglot.training.trainer import Stop, Trainer
+
+Evaluator = Callable[[Model, Prepared, RunConfig], Mapping[str, float]]
+"""Scores of a model that are logged beside its validation loss and can choose the best checkpoint."""
+
+MAY_CHANGE = (
+    "train.max_steps",
+    "train.max_epochs",
+    "train.max_minutes",
+    "train.eval_every",
+    "train.log_every",
+    "train.average",
+)
+"""What a resumed run may have changed: when it ends and what is told. Cosine and linear rates follow max_steps."""
+
+CHOSEN = {
+    "model.vocab_size": 0,
+    "model.src_vocab_size": 0,
+    "train.precision": "auto",
+    "train.threads": None,
+}
+"""What a recipe may leave open, as it says so; the first start chooses, and a resumed run keeps the choice."""
+
+
+class RunResult(NamedTuple):
+    """What came of a run."""
+
+    run: Path
+    progress: Progress
+    averaged: dict[str, float] | None
+    """Scores of the mean of the last checkpoints' weights, where the recipe asks for it."""
+    signal: int | None
+    """The signal that stopped it."""
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def train(
+    config: RunConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    evaluators: Sequence[Evaluator] = (),
+    reporter: Reporter | None = None,
+    device: str | None = None,
+) -> RunResult:
+    """Train what `config` describes in the folder `run`, or with `resume` go on where its last checkpoint is.
+
+    A resumed run is bit for bit the uninterrupted one where processor, threads and PyTorch are the same. Ctrl-C and
+    SIGTERM end the run after the current step with a checkpoint. Raises ConfigError where the folder is not empty, or
+    on resuming a run of another recipe, DataError for data that can not be used, CheckpointError for a damaged run.
+    """
+    reporter = reporter or Silent()
+    check(config, evaluators)
+    if resume:
+        config = merge(config, stored_config(run))
+    else:
+        occupied = run.exists() and (not run.is_dir() or any(run.iterdir()))
+        require(not occupied, "run", "a new folder, since nothing is overwritten", str(run), ConfigError)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
+    with threads(config.train.threads):
+        with removed_on_failure(None if resume else run):
+            session = Session(config, run, where)
+        return session.train(evaluators, reporter)
+
+
+class Session:
+    """A run whose data is prepared, whose model stands, and whose open choices are made and written down."""
+
+    def __init__(self, config: RunConfig, run: Path, device: torch.device) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.run, self.device = run, device
+        self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
+        initial = None
+        if config.init.from_ is not None and self.last is None:
+            initial = checkpoint.load_model(Path(config.init.from_))
+        tokenizers = None if initial is None else initial.tokenizers
+        if self.last is not None:
+            tokenizers = checkpoint.load_tokenizers(run, self.last)
+        self.prepared = prepare(config, run, tokenizers)
+        self.prepared.tokenizers.save(run)
+        torch.manual_seed(config.seed)
+        config = with_vocab_sizes(config, self.prepared.tokenizers)
+        self.model = build_model(config.model).to(device)
+        if initial is not None:
+            checkpoint.set_weights(self.model, checkpoint.weights_of(initial.model), str(config.init.from_))
+        self.objective = Objective(self.model, config.train.label_smoothing)
+        if config.train.precision == "auto":
+            batch = next(iter(self.prepared.train.epoch(0)))
+            config = replace_in(config, "train", precision=faster_precision(self.objective, batch, device))
+        self.config = config
+        checkpoint.write_atomic(run / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        checkpoint.write_atomic(run / "environment.json", json.dumps(environment(config, device), indent=2) + "\n")
+
+    def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
+        """Train from the last checkpoint, or from the start, to the end."""
+        optimizer = make_optimizer(self.model, self.config.train)
+        progress = Progress()
+        if self.last is not None:
+            progress = checkpoint.restore_checkpoint(self.last, self.model, optimizer)
+        checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
+        log = MetricsLog(self.run / "metrics.jsonl")
+        log.cut(progress)
+
+        def save(progress: Progress) -> None:
+            name = checkpoint.step_name(progress.step)
+            checkpoint.save_checkpoint(self.run, name, self.config, self.model, progress, optimizer)
+            checkpoint.remove_checkpoints(self.run, keep=max(2, self.config.train.average))
+
+        trainer = Trainer(
+            self.config.train,
+            self.objective,
+            optimizer,
+            self.prepared.train,
+            self.prepared.valid,
+            progress=progress,
+            save=save,
+            evaluators=[partial(evaluator, self.model, self.prepared, self.config) for evaluator in evaluators],
+            log=log,
+            reporter=reporter,
+            device=self.device,
+        )
+        reporter.start(self.config, self.model, progress, self.notes())
+        signal = trainer.fit()
+        averaged = None
+        if signal is None:
+            averaged = self.average(trainer)
+        reporter.finish(progress, signal is not None)
+        return RunResult(self.run, progress, averaged, signal)
+
+    def average(self, trainer: Trainer) -> dict[str, float] | None:
+        """Score the mean of the last `train.average` checkpoints' weights and write it down as one more checkpoint.
+
+        It becomes the run's best checkpoint if it is better than all the others.
+        """
+        number, progress = self.config.train.average, trainer.progress
+        folders = checkpoint.step_checkpoints(self.run)[-number:]
+        if number < 2 or len(folders) < 2:
+            return None
+        checkpoint.set_weights(self.model, checkpoint.average_weights(folders), checkpoint.AVERAGE)
+        scores = trainer.scores(Stop())
+        line = {"kind": "average", "step": progress.step, "checkpoints": len(folders), **scores}
+        trainer.log.write(line)
+        is_best = trainer.is_better(scores)
+        if is_best:
+            progress.best, progress.best_score = checkpoint.AVERAGE, scores[self.config.train.keep_best]
+        trainer.reporter.evaluated(line, is_best)
+        checkpoint.save_checkpoint(self.run, checkpoint.AVERAGE, self.config, self.model, progress)
+        return scores
+
+    def notes(self) -> list[str]:
+        """What the data is, and what was chosen."""
+        train, size = self.config.train, count_parameters(self.model)
+        chosen = f"{size:,} parameters, {train.precision} on {self.device}, {train.threads} threads"
+        return [*self.prepared.report, chosen]
+
+
+def check(config: RunConfig, evaluators: Sequence[Evaluator]) -> None:
+    """Refuse what would only show itself at the first evaluation."""
+    metric, pairs = config.train.keep_best, config.model.kind == "encoder_decoder"
+    require(metric == "loss" or pairs, "train.keep_best", "loss in a language model", metric, ConfigError)
+    require(metric == "loss" or bool(evaluators), "evaluators", f"given to find {metric}", list(evaluators))
+
+
+def with_vocab_sizes(config: RunConfig, tokenizers: Tokenizers) -> RunConfig:
+    """The config with the vocabulary sizes that the tokenizers have."""
+    source = tokenizers.source.vocab_size if config.model.kind == "encoder_decoder" else 0
+    return replace_in(config, "model", vocab_size=tokenizers.target.vocab_size, src_vocab_size=source)
+
+
+def replace_in(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """The config with other values in one of its tables."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def stored_config(run: Path) -> RunConfig:
+    """The resolved recipe of a run."""
+    path = run / "config.json"
+    try:
+        return load_config(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`run` must hold a readable config.json to be resumed, but {path}: {error}") from error
+
+
+def merge(given: RunConfig, stored: RunConfig) -> RunConfig:
+    """What to resume with: the stored config, with what may change as it is given.
+
+    Raises ConfigError listing all that differs beyond that.
+    """
+    new, old = flat(to_dict(given)), flat(to_dict(stored))
+    differing = [
+        f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)"
+        for key in sorted(new.keys() | old.keys())
+        if key not in MAY_CHANGE and new.get(key) != old.get(key) and not (key in CHOSEN and new[key] == CHOSEN[key])
+    ]
+    if differing:
+        raise ConfigError(f"The run to resume has another recipe: {'; '.join(differing)}.")
+    return replace_in(stored, "train", **{key.removeprefix("train."): new[key] for key in MAY_CHANGE})
+
+
+def flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys dotted."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return values
+
+
+def environment(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Where a run was made: what its last bits depend on."""
+    on_gpu = device.type == "cuda"
+    return {
+        "triglot": version("triglot"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name", "cpu"),
+        "threads": config.train.threads,
+        "precision": config.train.precision,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Compute on so many threads, and as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def removed_on_failure(folder: Path | None) -> Iterator[None]:
+    """Leave no folder behind if what fills it fails, so that the mended recipe can have it."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
