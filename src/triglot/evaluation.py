@@ -1,0 +1,128 @@
+"""How good a run is: nats, bits per byte, BLEU (Papineni et al. 2002), chrF (Popović 2015) and exact match."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from triglot.checkpoint import load_model
+from triglot.config import RunConfig
+from triglot.data.batch import IGNORED, Batch, PairBatch
+from triglot.data.corpus import Example
+from triglot.data.dataset import Dataset, Pairs, Ragged
+from triglot.data.prepare import Prepared, prepare
+from triglot.errors import ConfigError, require
+from triglot.generation.engine import Engine
+from triglot.objective import Model, score_batches
+from triglot.tokenizer import Tokenizer, Tokenizers
+
+Split = Literal["valid", "test"]
+
+
+def evaluate(
+    run: Path,
+    *,
+    which: str = "best",
+    split: Split = "valid",
+    root: Path | None = None,
+    beam: int | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """What a run's checkpoint scores on a split: loss, perplexity, bits per byte; of pairs, its translations too.
+
+    `root` is where the data lies now, if it has moved. Raises ConfigError where there is no such split.
+    """
+    model, config, tokenizers = load_model(run, which, device)
+    if root is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
+    if beam is not None:
+        config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, beam=beam))
+    prepared = prepare(config, run, tokenizers)
+    if config.model.kind == "decoder_only":
+        require(split == "valid", "split", "valid for a language model", split, ConfigError)
+        return text_scores(model, prepared.valid, tokenizers.target, torch.device(device))
+    examples = prepared.valid_examples if split == "valid" else prepared.test_examples
+    if not examples:
+        raise ConfigError(f"`split` must be one that the recipe's [data] names files for, but is {split!r} instead.")
+    data = examples_dataset(examples, tokenizers, config)
+    scores = text_scores(model, data, tokenizers.target, torch.device(device))
+    return scores | translation_scores(model, tokenizers, config, examples)
+
+
+def text_scores(model: Model, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
+    """Mean nats per scored token, its exponential, and bits per byte of the text that the scored tokens spell."""
+    scored = score_batches(model, data.epoch(0), device=device)
+    num_bytes = sum(scored_bytes(batch, tokenizer) for batch in data.epoch(0))
+    return {
+        "loss": scored.mean,
+        "perplexity": math.exp(min(scored.mean, 700.0)),  # e^709 is the largest that a float holds
+        "bits_per_byte": scored.nll / math.log(2) / max(1, num_bytes),
+        "tokens": scored.tokens,
+        "bytes": num_bytes,
+    }
+
+
+def scored_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that the batch's scored tokens stand for; special tokens stand for none."""
+    targets = batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
+    sizes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+    return int(sizes[targets[targets != IGNORED]].sum())
+
+
+def examples_dataset(examples: Sequence[Example], tokenizers: Tokenizers, config: RunConfig) -> Pairs:
+    """Examples as batches by length."""
+    sources = tokenizers.encode_sources([one.source for one in examples], [one.tag for one in examples])
+    targets = tokenizers.target.encode_batch([one.target for one in examples])
+    return Pairs(Ragged(sources), Ragged(targets), config.train.batch_tokens, None)
+
+
+def translate_examples(
+    model: Model, tokenizers: Tokenizers, config: RunConfig, examples: Sequence[Example]
+) -> list[str]:
+    """The best hypothesis of each example's source, decoded as the recipe says."""
+    engine, how = Engine(model, config, tokenizers), config.generation
+    found = engine.translate(
+        [one.source for one in examples],
+        beam=how.beam,
+        length_penalty=how.length_penalty,
+        max_new_tokens=how.max_new_tokens,
+        tags=[one.tag for one in examples],
+    )
+    return [hypotheses[0].text for hypotheses in found]
+
+
+def translation_scores(
+    model: Model, tokenizers: Tokenizers, config: RunConfig, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """BLEU and chrF with sacrebleu's signatures, and the share of translations that are the reference."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    hypotheses = translate_examples(model, tokenizers, config, examples)
+    references = [one.target for one in examples]
+    bleu, chrf = BLEU(), CHRF()
+    scores = {"bleu": bleu.corpus_score(hypotheses, [references]), "chrf": chrf.corpus_score(hypotheses, [references])}
+    return {
+        **{name: score.score for name, score in scores.items()},
+        "exact_match": exact_match(hypotheses, references),
+        "sentences": len(examples),
+        "bleu_signature": str(bleu.get_signature()),
+        "chrf_signature": str(chrf.get_signature()),
+    }
+
+
+def exact_match(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """The share of hypotheses that are the reference to the letter."""
+    equal = sum(one == other for one, other in zip(hypotheses, references, strict=True))
+    return equal / max(1, len(references))
+
+
+def score_translations(model: Model, prepared: Prepared, config: RunConfig) -> Mapping[str, float]:
+    """An evaluator for training: BLEU, chrF and exact match of the validation examples; nothing of running text."""
+    if prepared.valid_examples is None:
+        return {}
+    scores = translation_scores(model, prepared.tokenizers, config, prepared.valid_examples)
+    return {name: scores[name] for name in ("bleu", "chrf", "exact_match")}
