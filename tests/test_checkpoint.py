@@ -108,7 +108,9 @@ def test_an_unknown_checkpoint_is_refused_with_the_known_ones(run):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "state.json", "manifest.json", "../../tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "state.json", "manifest.json", "../../tokenizer.json"]
+)
 def test_any_damaged_file_is_named_and_never_loaded(run, name, damage):
     path = (find_checkpoint(run) / name).resolve()
     content = bytearray(path.read_bytes())
@@ -160,7 +162,10 @@ def test_killed_at_any_moment_of_writing_a_checkpoint_is_readable(run, config, m
         save(run, config, step, "step-00000002")
     monkeypatch.undo()
     model = model_of(config, 0)
-    assert checkpoint.restore_checkpoint(find_checkpoint(run, "last"), model, make_optimizer(model, TrainConfig())).step == 3
+    assert (
+        checkpoint.restore_checkpoint(find_checkpoint(run, "last"), model, make_optimizer(model, TrainConfig())).step
+        == 3
+    )
     save(run, config, step, "step-00000002")
     assert find_checkpoint(run, "last").name == step_name(step)
     assert not list((run / "checkpoints").glob(".*"))
@@ -189,7 +194,7 @@ def test_a_full_disk_is_told_and_leaves_everything_as_it_was(run, config, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_save_tensors", full)
-    with pytest.raises(CheckpointError, match="step-00000004 could not be written: .*No space left"):
+    with pytest.raises(CheckpointError, match=r"step-00000004 could not be written: .*No space left"):
         save(run, config, 4)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [step_name(step) for step in (1, 2, 3)]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ def evaluate(
 def text_scores(model: Model, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
     """Mean nats per scored token, its exponential, and bits per byte of the text that the scored tokens spell."""
     scored = score_batches(model, data.epoch(0), device=device)
-    num_bytes = sum(scored_bytes(batch, tokenizer) for batch in data.epoch(0))
+    num_bytes = scored_bytes(data.epoch(0), tokenizer)
     return {
         "loss": scored.mean,
         "perplexity": math.exp(min(scored.mean, 700.0)),  # e^709 is the largest that a float holds
@@ -65,18 +65,21 @@ def text_scores(model: Model, data: Dataset, tokenizer: Tokenizer, device: torch
     }
 
 
-def scored_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 that the batch's scored tokens stand for; special tokens stand for none."""
-    targets = batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
+def scored_bytes(batches: Iterable[Batch], tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that the scored tokens stand for; special tokens stand for none."""
     sizes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
-    return int(sizes[targets[targets != IGNORED]].sum())
+    total = 0
+    for batch in batches:
+        targets = batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
+        total += int(sizes[targets[targets != IGNORED]].sum())
+    return total
 
 
 def examples_dataset(examples: Sequence[Example], tokenizers: Tokenizers, config: RunConfig) -> Pairs:
     """Examples as batches by length."""
     sources = tokenizers.encode_sources([one.source for one in examples], [one.tag for one in examples])
     targets = tokenizers.target.encode_batch([one.target for one in examples])
-    return Pairs(Ragged(sources), Ragged(targets), config.train.batch_tokens, None)
+    return Pairs(Ragged.of(sources), Ragged.of(targets), config.train.batch_tokens, None)
 
 
 def translate_examples(

@@ -187,17 +187,21 @@ def _document_starts(tokens: Tokens, block: int = 1 << 24) -> Ints:
 class Ragged:
     """Rows of different lengths, end to end in one array."""
 
-    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
-        lengths: list[int] = []
+    def __init__(self, flat: NDArray[np.int32], lengths: Ints) -> None:
+        self.flat, self.lengths, self.ends = flat, lengths, np.cumsum(lengths)
 
-        def counted() -> Iterator[Sequence[int]]:
-            for row in rows:
-                lengths.append(len(row))
-                yield row
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]]) -> "Ragged":
+        """Rows end to end."""
+        held = list(rows)
+        return cls(np.fromiter(chain.from_iterable(held), np.int32), np.array([len(row) for row in held], np.int64))
 
-        self.flat = np.fromiter(chain.from_iterable(counted()), np.int32)
-        self.lengths = np.array(lengths, np.int64)
-        self.ends = np.cumsum(self.lengths)
+    @classmethod
+    def joined(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """The rows of all parts, one part after another."""
+        if not parts:
+            return cls.of([])
+        return cls(np.concatenate([part.flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,17 @@ from numpy.typing import NDArray
 
 from triglot.config import DataConfig, RunConfig, TokenizerConfig
 from triglot.data import phrases
-from triglot.data.corpus import Example, PairCorpus, Piece, Survey, TextCorpus, find_files, stdlib_files
-from triglot.data.corpus import choose_characters, choose_documents
+from triglot.data.corpus import (
+    Example,
+    PairCorpus,
+    Piece,
+    Survey,
+    TextCorpus,
+    choose_characters,
+    choose_documents,
+    find_files,
+    stdlib_files,
+)
 from triglot.data.dataset import Crops, Dataset, FreshPairs, Packed, Pairs, Ragged, Windows
 from triglot.data.shards import read_manifest, token_shards, write_manifest
 from triglot.errors import ConfigError, DataError, require
@@ -138,13 +147,13 @@ def _pairs(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pr
     data, root = config.data, _root(config.data)
     corpus = _pair_corpus(data.source, data.target, data.files, root, "data")
     survey = corpus.survey()
-    sources = {"train": survey}
+    surveys = {"train": survey}
     train, valid = corpus.examples, corpus.examples
     if data.valid_source is not None or isinstance(data.valid, str):
         names = () if data.valid_source is not None else (str(data.valid),)
         other = _pair_corpus(data.valid_source, data.valid_target, names, root, "data.valid")
-        sources["valid"], valid = other.survey(), other.examples
-        told = sources["valid"].digest
+        surveys["valid"], valid = other.survey(), other.examples
+        told = surveys["valid"].digest
     else:
         require(survey.size > 1, "data.valid", "a file, for a single example", data.valid, DataError)
         held = _drawn(survey.size, data, config.seed)
@@ -153,17 +162,141 @@ def _pairs(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pr
     test = None
     if data.test_source is not None:
         test = _pair_corpus(data.test_source, data.test_target, (), root, "data.test")
-        sources["test"] = test.survey()
+        surveys["test"] = test.survey()
     if tokenizers is None:
         tokenizers = _train_tokenizers(config.tokenizer, train, survey.tags)
-    for tag in sorted({tag for one in sources.values() for tag in one.tags}):
+    for tag in sorted({tag for one in surveys.values() for tag in one.tags}):
         tokenizers.source.tag_id(tag)
     _keep(folder, {"pairs": survey.digest, "validation part": told} | _digests(tokenizers))
     encoder = _Encoder(tokenizers, config)
-    report = [_vocabulary(tokenizers)]
-    train_set = encoder.pairs("train", train(), report, config.seed, survey.left_out)
-    valid_set, valid_examples = encoder.measured("valid", valid(), report, sources.get("valid"))
+    batches = encoder.training("train", train(), survey.left_out, config.seed)
+    left_out = surveys["valid"].left_out if "valid" in surveys else Counter[str]()
+    valid_batches, valid_examples = encoder.measuring("valid", valid(), left_out)
     test_examples = None
     if test is not None:
-        test_examples = encoder.measured("test", test.examples(), report, sources["test"])[1]
-    return Prepared(tokenizers, train_set, valid_set, valid_examples, test_examples, report)
+        test_examples = encoder.measuring("test", test.examples(), surveys["test"].left_out)[1]
+    return Prepared(tokenizers, batches, valid_batches, valid_examples, test_examples, encoder.report)
+
+
+def _pair_corpus(source: str | None, target: str | None, files: tuple[str, ...], root: Path, name: str) -> PairCorpus:
+    if source is None or target is None:
+        return PairCorpus(find_files(files, root, f"{name}.files" if name == "data" else name), separate=False)
+    joint = "." if name == "data" else "_"
+    sides = [find_files([side], root, f"{name}{joint}{key}") for key, side in (("source", source), ("target", target))]
+    for found, side in zip(sides, (source, target), strict=True):
+        require(len(found) == 1, name, "one file a side", side, DataError)
+    return PairCorpus([found[0] for found in sides], separate=True)
+
+
+def _only(corpus: PairCorpus, chosen: NDArray[np.bool_]) -> Callable[[], Iterator[Example]]:
+    return lambda: (example for example, wanted in zip(corpus.examples(), chosen, strict=True) if wanted)
+
+
+def _train_tokenizers(
+    config: TokenizerConfig, examples: Callable[[], Iterable[Example]], tags: tuple[str, ...]
+) -> Tokenizers:
+    if config.joint:
+        texts = chain.from_iterable((example.source, example.target) for example in examples())
+        tokenizer = Tokenizer.train(config.kind, texts, config.vocab_size, tags)
+        return Tokenizers(tokenizer, tokenizer)
+    source = Tokenizer.train(config.kind, (example.source for example in examples()), config.vocab_size, tags)
+    target = Tokenizer.train(config.kind, (example.target for example in examples()), config.vocab_size)
+    return Tokenizers(source, target)
+
+
+class _Encoder:
+    """Examples to ids; those longer than the model or a batch can hold are left out, and `report` is told."""
+
+    def __init__(self, tokenizers: Tokenizers, config: RunConfig) -> None:
+        self.tokenizers, self.budget = tokenizers, config.train.batch_tokens
+        self.limit = min(config.model.max_seq_length, self.budget)
+        self.report = [_vocabulary(tokenizers)]
+
+    def training(self, name: str, examples: Iterable[Example], left_out: Counter[str], seed: int) -> Pairs:
+        """Batches to train on; the texts are not kept."""
+        return self._batches(name, self._encode(examples, left_out), left_out, seed)
+
+    def measuring(self, name: str, examples: Iterable[Example], left_out: Counter[str]) -> tuple[Pairs, list[Example]]:
+        """Batches in the order of length, and the texts."""
+        kept: list[Example] = []
+        return self._batches(name, self._encode(examples, left_out, kept), left_out, None), kept
+
+    def _encode(
+        self, examples: Iterable[Example], left_out: Counter[str], kept: list[Example] | None = None
+    ) -> Iterator[tuple[Ragged, Ragged]]:
+        rest = iter(examples)
+        while group := list(islice(rest, GROUP)):
+            texts, wanted, tags = zip(*group, strict=True)
+            sources, targets = self.tokenizers.encode_sources(texts, tags), self.tokenizers.target.encode_batch(wanted)
+            fits = [max(len(x), len(y) + 1) <= self.limit for x, y in zip(sources, targets, strict=True)]
+            left_out[f"longer than {self.limit:,} tokens"] += len(fits) - sum(fits)
+            if kept is not None:
+                kept.extend(compress(group, fits))
+            yield Ragged.of(compress(sources, fits)), Ragged.of(compress(targets, fits))
+
+    def _batches(
+        self, name: str, encoded: Iterable[tuple[Ragged, Ragged]], left_out: Counter[str], seed: int | None
+    ) -> Pairs:
+        parts = list(encoded)
+        sources, targets = (Ragged.joined([part[side] for part in parts]) for side in (0, 1))
+        told = _told(left_out)
+        require(len(sources) > 0, f"the {name} data", "pairs that can be used", f"none{told}", DataError)
+        self.report.append(f"{name}: {_many(len(sources), 'pair')}, {_many(len(targets.flat), 'target token')}{told}")
+        return Pairs(sources, targets, self.budget, seed)
+
+
+def _phrases(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Prepared:
+    language, size, seed = config.data.language, config.data.num_examples, config.seed
+
+    def epoch(index: int) -> Iterator[Example]:
+        return islice(phrases.examples(seed, language, "train", start=index * size), size)
+
+    if tokenizers is None:
+        some = list(islice(phrases.examples(seed, language, "train"), TOKENIZER_PHRASES))
+        tokenizers = _train_tokenizers(config.tokenizer, lambda: some, ())
+    encoder = _Encoder(tokenizers, config)
+    first = encoder.training("train, the first epoch", epoch(0), Counter(), seed)
+    train = FreshPairs(lambda index: encoder.training("train", epoch(index), Counter(), seed) if index else first)
+    held_out = [_distinct(phrases.examples(seed, language, part), HELD_OUT_PHRASES) for part in ("valid", "test")]
+    digest = hashlib.blake2b(repr(held_out).encode(), digest_size=16).hexdigest()
+    _keep(folder, {"phrases": digest} | _digests(tokenizers))
+    valid, valid_examples = encoder.measuring("valid", held_out[0], Counter())
+    _, test_examples = encoder.measuring("test", held_out[1], Counter())
+    return Prepared(tokenizers, train, valid, valid_examples, test_examples, encoder.report)
+
+
+def _distinct(examples: Iterator[Example], number: int) -> list[Example]:
+    distinct: dict[Example, None] = {}
+    while len(distinct) < number:
+        distinct[next(examples)] = None
+    return list(distinct)
+
+
+def _root(data: DataConfig) -> Path:
+    return Path(data.root).expanduser()
+
+
+def _digests(tokenizers: Tokenizers) -> dict[str, str]:
+    return {"source tokenizer": tokenizers.source.digest, "target tokenizer": tokenizers.target.digest}
+
+
+def _keep(folder: Path, made_from: dict[str, str]) -> None:
+    """Refuse data that is not what the run began with."""
+    if read_manifest(folder, made_from) is None:
+        write_manifest(folder, made_from, {})
+
+
+def _vocabulary(tokenizers: Tokenizers) -> str:
+    sides = {"tokenizer": tokenizers.target}
+    if not tokenizers.joint:
+        sides = {"source tokenizer": tokenizers.source, "target tokenizer": tokenizers.target}
+    return ", ".join(f"{name}: {side.kind} of {_many(side.vocab_size, 'id')}" for name, side in sides.items())
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def _told(left_out: Counter[str]) -> str:
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items() if number)
+    return f"; left out: {reasons}" * bool(reasons)

@@ -32,11 +32,18 @@ def attention_weights(
     may_attend: Bool[Tensor, "*lead #query key"] | None = None,
 ) -> Float[Tensor, "batch heads query key"]:
     """softmax(Q Kᵀ / √head_dim), in fp32, over the keys that `may_attend` allows; zeros for a query that has none."""
-    scores = (query @ key.mT).float() / math.sqrt(query.size(-1))
+    scores = (query / math.sqrt(query.size(-1)) @ key.mT).float()  # scaled first: fp16 ends at 65,504
     if may_attend is None:
         return scores.softmax(-1).to(query.dtype)
     scores = scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
     return scores.softmax(-1).masked_fill(~may_attend, 0.0).to(query.dtype)
+
+
+def fused_kernel_pays(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch's fused kernel is the faster path: on processors not at short lengths, least of all in bf16."""
+    if query.device.type != "cpu":
+        return True
+    return key.size(2) > (128 if query.dtype == torch.float32 else 512)
 
 
 class MultiHeadAttention(nn.Module):
@@ -44,7 +51,7 @@ class MultiHeadAttention(nn.Module):
 
     With `num_kv_heads` below `num_heads`, groups of query heads share keys and values (Ainslie et al. 2023). With
     `need_weights` the weights are written out (before dropout, so that rows sum to 1 in training too); without, the
-    same output comes from PyTorch's fused kernel and they are None. `mask` is True where a query may attend to a key.
+    same output comes by whichever path is faster and they are None. `mask` is True where a query may attend to a key.
     """
 
     def __init__(
@@ -98,16 +105,17 @@ class MultiHeadAttention(nn.Module):
         self, q: Queries, k: Held, v: Held, mask: Tensor | None, causal: bool, need_weights: bool
     ) -> tuple[Queries, Float[Tensor, "batch heads query held"] | None]:
         dropout = self.dropout if self.training else 0.0
-        if not need_weights:
+        if not need_weights and fused_kernel_pays(q, k):
             grouped = self.num_kv_heads < self.num_heads
             mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
             )
             return mixed, None
         groups = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         weights = attention_weights(q, k, create_look_ahead_mask(q.size(2), device=q.device) if causal else mask)
-        return F.dropout(weights, dropout) @ v, weights
+        return F.dropout(weights, dropout) @ v, weights if need_weights else None
 
     def split(self, x: Hidden) -> Heads:
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ Line = Mapping[str, Any]
 """`kind` is train, eval or average; `step` the step after which it was written; losses are nats per token."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Whoever shows a run while it goes on."""
 

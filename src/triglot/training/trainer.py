@@ -34,13 +34,8 @@ class Feed:
     def __init__(self, data: Dataset, progress: Progress, max_epochs: int | None) -> None:
         self.data, self.progress, self.max_epochs = data, progress, max_epochs
         self.batches: Iterator[Batch] | None = None
-        self.length = self.count()
-
-    def count(self) -> int:
-        """Micro-batches of the epoch that progress is in."""
-        count = self.data.num_batches(self.progress.epoch)
-        require(count > 0, "the number of training batches", "at least 1", count, DataError)
-        return count
+        self.length = 1
+        """Micro-batches of the epoch that is open."""
 
     @property
     def empty(self) -> bool:
@@ -53,12 +48,13 @@ class Feed:
         at = self.progress
         while len(taken) < count and not self.empty:
             if self.batches is None:
+                self.length = self.data.num_batches(at.epoch)
+                require(self.length > 0, "the number of training batches", "at least 1", self.length, DataError)
                 self.batches = iter(self.data.epoch(at.epoch, at.index))
             taken.append(next(self.batches))
             at.index += 1
             if at.index == self.length:
                 at.epoch, at.index, self.batches = at.epoch + 1, 0, None
-                self.length = self.count()
         return taken
 
 
