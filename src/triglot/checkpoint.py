@@ -2,7 +2,7 @@
 
     config.json                     the resolved recipe
     tokenizer.json                  or source.json and target.json
-    metrics.jsonl, environment.json for people; nothing reads them to load a model
+    metrics.jsonl, environment.json for people; no model is loaded from them
     checkpoints/step-00000200/      config.json, model.safetensors, optimizer.safetensors, rng.safetensors, state.json
                                     and, written last, manifest.json with the SHA-256 of each and of the tokenizer
     checkpoints/average/            the same without optimizer: the mean of the last checkpoints' weights

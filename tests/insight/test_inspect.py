@@ -16,10 +16,10 @@ BATCH, LENGTH, SRC_VOCAB, VOCAB, HEADS, D_MODEL, D_FF, LAYERS = 2, 7, 101, 103, 
 KINDS = ("encoder_decoder", "decoder_only")
 
 
-def model_of(kind, options):
+def model_of(kind, options, layers=LAYERS):
     vocab = SRC_VOCAB if options.tie_embeddings else VOCAB
     config = ModelConfig(
-        kind=kind, d_model=D_MODEL, num_heads=HEADS, num_layers=LAYERS, d_ff=D_FF, max_seq_length=61,
+        kind=kind, d_model=D_MODEL, num_heads=HEADS, num_layers=layers, d_ff=D_FF, max_seq_length=61,
         vocab_size=vocab, src_vocab_size=SRC_VOCAB, options=options,
     )  # fmt: skip
     return build_model(config).eval()
@@ -106,7 +106,10 @@ def test_every_attention_tells_scores_of_queries_by_keys():
     tree = look(model_of("encoder_decoder", BlockOptions()), BATCH, LENGTH).tree
     for path, axes in (
         ("encoder.layers.0.self_attention", f"[batch {BATCH}, heads {HEADS}, source {LENGTH}, source {LENGTH}]"),
-        ("decoder.layers.1.self_attention", f"[batch {BATCH}, heads {HEADS}, target {LENGTH + 1}, target {LENGTH + 1}]"),
+        (
+            "decoder.layers.1.self_attention",
+            f"[batch {BATCH}, heads {HEADS}, target {LENGTH + 1}, target {LENGTH + 1}]",
+        ),
         ("decoder.layers.2.cross_attention", f"[batch {BATCH}, heads {HEADS}, target {LENGTH + 1}, source {LENGTH}]"),
     ):
         assert [str(shape) for shape in find(tree, path).shapes if shape.what == "scores, weights"] == [axes]
@@ -128,11 +131,7 @@ def test_the_model_is_afterwards_as_it_was(kind, options):
 
 
 def test_more_layers_keep_more_for_the_backward_pass():
-    few, many = (
-        look(build_model(ModelConfig(kind="decoder_only", d_model=D_MODEL, num_heads=HEADS, num_layers=layers, d_ff=D_FF,
-                                     max_seq_length=61, vocab_size=VOCAB)), BATCH, LENGTH).costs.kept
-        for layers in (1, 3)
-    )  # fmt: skip
+    few, many = (look(model_of("decoder_only", BlockOptions(), layers), BATCH, LENGTH).costs.kept for layers in (1, 3))
     assert few < many < 3 * few
 
 

@@ -15,7 +15,6 @@ from num2words import num2words
 
 from triglot.data.corpus import Example
 
-Language = Literal["en", "de", "fr", "cs"]
 Part = Literal["train", "valid", "test"]
 _FIRST_DAY = datetime.date(1900, 1, 1).toordinal()
 _NUM_DAYS = datetime.date(2100, 1, 1).toordinal() - _FIRST_DAY
@@ -33,7 +32,7 @@ _SPELLING = {
 }
 
 
-def examples(seed: int, language: Language, part: Part, start: int = 0) -> Iterator[Example]:
+def examples(seed: int, language: str, part: Part, start: int = 0) -> Iterator[Example]:
     """The examples of a part from the `start`-th on, without end."""
     index = start
     while True:
@@ -41,7 +40,7 @@ def examples(seed: int, language: Language, part: Part, start: int = 0) -> Itera
         index += 1
 
 
-def example(seed: int, index: int, language: Language, part: Part) -> Example:
+def example(seed: int, index: int, language: str, part: Part) -> Example:
     """The `index`-th example of a part: the first of a sequence of chance candidates that falls into it."""
     attempt = 0
     while True:
@@ -58,7 +57,7 @@ def part_of(source: str) -> Part:
     return "valid" if share == 0 else "test" if share == 1 else "train"
 
 
-def cardinal(number: int, language: Language) -> str:
+def cardinal(number: int, language: str) -> str:
     """A number below 10⁹ in words, put together from its millions, thousands and rest, since num2words is slow."""
     millions, thousands, rest = number // 10**6 * 10**6, number // 1000 % 1000 * 1000, number % 1000
     groups = [group for group in (millions, thousands, rest) if group] or [0]
@@ -69,12 +68,12 @@ def cardinal(number: int, language: Language) -> str:
     return text
 
 
-def date(day: datetime.date, style: Literal["full", "long"], language: Language) -> str:
+def date(day: datetime.date, style: Literal["full", "long"], language: str) -> str:
     """A date as it is written out: full has the day of the week, long has not."""
     return format_date(day, style, locale=language)
 
 
-def _phrase(chance: int, language: Language) -> str:
+def _phrase(chance: int, language: str) -> str:
     chance, is_date = divmod(chance, 2)
     if is_date:
         chance, full = divmod(chance, 2)
@@ -84,7 +83,7 @@ def _phrase(chance: int, language: Language) -> str:
 
 
 @cache
-def _words(number: int, language: Language) -> str:
+def _words(number: int, language: str) -> str:
     text: str = num2words(number, lang=language)
     for theirs, ours in _SPELLING.get(language, {}).items():
         text = text.replace(theirs, ours)

@@ -148,7 +148,8 @@ def _pairs(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pr
     corpus = _pair_corpus(data.source, data.target, data.files, root, "data")
     survey = corpus.survey()
     surveys = {"train": survey}
-    train, valid = corpus.examples, corpus.examples
+    train: Callable[[], Iterator[Example]] = corpus.examples
+    valid: Callable[[], Iterator[Example]]
     if data.valid_source is not None or isinstance(data.valid, str):
         names = () if data.valid_source is not None else (str(data.valid),)
         other = _pair_corpus(data.valid_source, data.valid_target, names, root, "data.valid")
@@ -175,7 +176,7 @@ def _pairs(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pr
     test_examples = None
     if test is not None:
         test_examples = encoder.measuring("test", test.examples(), surveys["test"].left_out)[1]
-    return Prepared(tokenizers, batches, valid_batches, valid_examples, test_examples, encoder.report)
+    return Prepared(tokenizers, batches, valid_batches, valid_examples, test_examples, [*encoder.report])
 
 
 def _pair_corpus(source: str | None, target: str | None, files: tuple[str, ...], root: Path, name: str) -> PairCorpus:
@@ -262,7 +263,7 @@ def _phrases(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> 
     _keep(folder, {"phrases": digest} | _digests(tokenizers))
     valid, valid_examples = encoder.measuring("valid", held_out[0], Counter())
     _, test_examples = encoder.measuring("test", held_out[1], Counter())
-    return Prepared(tokenizers, train, valid, valid_examples, test_examples, encoder.report)
+    return Prepared(tokenizers, train, valid, valid_examples, test_examples, [*encoder.report])
 
 
 def _distinct(examples: Iterator[Example], number: int) -> list[Example]:

@@ -156,6 +156,14 @@ class Engine:
         tokens = self._tokens(contexts, limits, sampler, [torch.Generator().manual_seed(seed)])
         return self._pieces(tokens)
 
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """What the model reads of each prompt, as it read texts in training.
+
+        Whole documents begin with BOS, and so does nothing at all; windows cut anywhere mostly do not.
+        """
+        whole = self.config.data.packing == "documents"
+        return [[Tokenizer.bos_id] * (whole or not ids) + ids for ids in self.tokenizers.target.encode_batch(prompts)]
+
     def _pieces(self, tokens: Iterator[Token]) -> Iterator[str]:
         text = self.tokenizers.target.stream()
         for token in tokens:
@@ -177,7 +185,7 @@ class Engine:
         require(
             max_new_tokens is None or max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens, ConfigError
         )
-        contexts = [ids or [Tokenizer.bos_id] for ids in self.tokenizers.target.encode_batch(prompts)]
+        contexts = self.prompt_ids(prompts)
         for number, ids in enumerate(contexts, 1):
             room = window - len(ids)
             limit = max_new_tokens or self.config.generation.max_new_tokens
@@ -202,14 +210,15 @@ class Engine:
         require(window >= 2, "max_seq_length", "at least 2 to generate", window, ConfigError)
         while live:
             texts = [ids if len(ids) < window else ids[-(window // 2) :] for ids in contexts]
-            room = [min(left[row], window - len(text)) for row, text in zip(live, texts, strict=True)]
-            lengths = torch.tensor([len(text) for text in texts], device=model.lm_head.weight.device)
-            first, steps = model.start(_pad(texts, model), lengths, max(room))
+            prompts = _pad(texts, model)
+            lengths = torch.tensor([len(text) for text in texts], device=prompts.device)
+            room = min(max(left[row] for row in live), window - prompts.size(1))  # the longest is the first to be full
+            first, steps = model.start(prompts, lengths, room)
             tokens = stream(
                 first,
                 steps,
                 sampler,
-                room,
+                [min(left[row], room) for row in live],
                 eos_id=Tokenizer.eos_id,
                 banned=_banned(self.tokenizers.target),
                 generator=[generators[row] for row in live],

@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from triglot.data.corpus import read_lines
 from triglot.errors import DataError
@@ -28,19 +28,18 @@ def _standard_input() -> Iterator[str]:
 
 
 def translate_lines(
-    engine: Engine, lines: Iterable[str], *, chunk: int = CHUNK, **options: Any
+    engine: Engine, lines: Iterable[str], *, chunk: int | None = None, **options: Any
 ) -> Iterator[list[Hypothesis]]:
     """What `Engine.translate` returns for each line, as the lines come."""
     lines, number = iter(lines), 1
-    while some := list(itertools.islice(lines, chunk)):
+    while some := list(itertools.islice(lines, chunk or CHUNK)):
         yield from engine.translate(some, first_line=number, **options)
         number += len(some)
 
 
-def write_translations(results: Iterable[list[Hypothesis]], sink: TextIO, *, nbest: int = 1) -> None:
+def written(results: Iterable[list[Hypothesis]], *, nbest: int = 1) -> Iterator[str]:
     r"""One line for each source line; with `nbest` above 1 "line number \t score \t text" for each hypothesis."""
     for number, hypotheses in enumerate(results, 1):
         for one in hypotheses:
             text = " ".join(one.text.splitlines())  # a model may write a line feed, but a line must stay a line
-            sink.write(f"{number}\t{one.score:.4f}\t{text}\n" if nbest > 1 else f"{text}\n")
-        sink.flush()
+            yield f"{number}\t{one.score:.4f}\t{text}\n" if nbest > 1 else f"{text}\n"

@@ -53,7 +53,7 @@ def explain(
             produced = tokenizers.target.encode(target)
         page = about_pair(model, tokenizers, text, produced, tag)
         how = f"found by beam search, {config.generation.beam} wide" if target is None else "given"
-        page["facts"].insert(0, ["Target", f"{tokenizers.target.decode(produced)} ({how})"])
+        page["facts"].insert(1, ["Target", f"{tokenizers.target.decode(produced)} ({how})"])
     page["title"] = f"{run.resolve().name}: {text if len(text) <= 60 else text[:59] + '…'}"
     shape = f"{config.model.num_layers} layers, {config.model.num_heads} heads, width {config.model.d_model}"
     name = find_checkpoint(run, which).name
@@ -224,11 +224,9 @@ def align(
     text = [place for place, token in enumerate(source) if tokenizers.source.token_bytes(token)]
     if not text or not produced:
         return [], None
-    source_words, target_words = (
-        words_of(tokenizers.source, [source[i] for i in text]),
-        words_of(tokenizers.target, produced),
-    )
-    default = (len(cross_attention) - 1) // 2  # Chen et al. 2020, §4.2: the third of six layers aligns best
+    read = [source[place] for place in text]
+    source_words, target_words = words_of(tokenizers.source, read), words_of(tokenizers.target, produced)
+    default = (len(cross_attention) - 1) // 2  # of six layers Chen et al. found the third to align best
     by_token, by_word, apart = [], [], []
     for layer in cross_attention:
         aligned, special = shifted(layer[0], text)
@@ -236,10 +234,7 @@ def align(
         merged = merge(aligned, source_words, target_words)
         by_word.append([thousandths(merged)])
         apart.append(merge(special[:, None], [[0]], target_words)[:, 0])
-    rows, columns = (
-        _texts(tokenizers.target, produced, target_words),
-        _texts(tokenizers.source, [source[i] for i in text], source_words),
-    )
+    rows, columns = _texts(tokenizers.target, produced, target_words), _texts(tokenizers.source, read, source_words)
     how = "The heads’ mean at the step that reads the row’s token; special tokens are left out and rows sum to 1."
     common = {"kind": "attention", "mask": None, "layer": default}
     maps = [
@@ -248,7 +243,7 @@ def align(
             "name": "Alignment of tokens",
             "caption": how,
             "rows": tokenizers.target.pieces(produced),
-            "columns": tokenizers.source.pieces([source[i] for i in text]),
+            "columns": tokenizers.source.pieces(read),
             "layers": by_token,
             **common,
         },
@@ -282,16 +277,17 @@ def merge(
 
 
 def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[list[int]]:
-    """The places of `ids` grouped into words: a word begins with, or after, white space."""
+    """The places of `ids` grouped into words, each with the white space in front of it."""
     groups: list[list[int]] = []
-    ended = True
+    has_text, ended = True, True
     for place, token in enumerate(ids):
         piece = tokenizer.token_bytes(token)
-        blank, begins = not piece.strip(), piece[:1].isspace()
-        if not groups or (begins and not ended) or (ended and bool(groups[-1]) and not blank and not begins):
+        if not groups or (has_text and (ended or piece[:1].isspace())):
             groups.append([])
+            has_text = False
         groups[-1].append(place)
-        ended = blank or piece[-1:].isspace()
+        has_text = has_text or bool(piece.strip())
+        ended = piece[-1:].isspace()
     return groups
 
 

@@ -65,3 +65,8 @@ def check_mask(mask: Mask) -> None:
     shape = list(mask.shape)
     clear = mask.dim() in (2, 4) or (mask.dim() == 3 and mask.size(0) == 1)
     require(clear, "mask", "[query, key], [1, query, key] or of rank 4", shape)
+
+
+def check_real(mask: Bool[Tensor, "batch length"]) -> None:
+    """Refuse a mask of tokens, True = no padding, that is not bool."""
+    require(mask.dtype == torch.bool, "mask", "bool, True = real token", mask.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from triglot.errors import require
 from triglot.layers.feed_forward import Activation, activate, is_gated
+from triglot.layers.masks import check_real
 
 
 class Choice(NamedTuple):
@@ -134,6 +135,8 @@ class MixtureOfExperts(nn.Module):
     ) -> MoEOutput:
         """Output and routing; tokens where `mask` is False are padding: no expert, no count, output zero."""
         batch, length, _ = x.shape
+        if mask is not None:
+            check_real(mask)
         real = mask if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=x.device)
         logits = self.router_logits(x.flatten(0, 1))
         choice = choose(logits, self.k)

@@ -14,7 +14,7 @@ from triglot.errors import require
 from triglot.layers.cache import Cache
 from triglot.layers.embedding import Embedding
 from triglot.layers.initialise import normal
-from triglot.layers.masks import create_document_mask, create_look_ahead_mask
+from triglot.layers.masks import check_real, create_document_mask, create_look_ahead_mask
 from triglot.layers.moe import Routing
 from triglot.layers.norm import make_norm
 from triglot.losses import expert_losses, token_cross_entropy
@@ -173,6 +173,7 @@ class DecoderLLM(nn.Module):
         if segments is not None:
             return create_document_mask(segments)
         if mask is not None:
+            check_real(mask)
             return mask[:, None, None] & self.create_causal_mask(length, device=mask.device)
         return None
 

@@ -32,7 +32,7 @@ class Reporter(Protocol):
         """An evaluation is done."""
 
     def finish(self, progress: Progress, stopped: bool) -> None:
-        """Training has ended, by itself or because it was `stopped`; the last checkpoint is written."""
+        """Training has ended: by itself, by an error, or `stopped` by a signal after the last step's checkpoint."""
 
 
 class Silent:

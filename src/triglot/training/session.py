@@ -101,6 +101,7 @@ class Session:
     def __init__(self, config: RunConfig, run: Path, device: torch.device) -> None:
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.device = run, device
+        write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
         self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
         initial = None
         if config.init.from_ is not None and self.last is None:
@@ -120,8 +121,10 @@ class Session:
             batch = next(iter(self.prepared.train.epoch(0)))
             config = replace_in(config, "train", precision=faster_precision(self.objective, batch, device))
         self.config = config
-        checkpoint.write_atomic(run / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-        checkpoint.write_atomic(run / "environment.json", json.dumps(environment(config, device), indent=2) + "\n")
+        write_json(run / "config.json", to_dict(config))
+        now = environment(config, device)
+        self.changes = changes(run / "environment.json", now)
+        write_json(run / "environment.json", now)
 
     def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
         """Train from the last checkpoint, or from the start, to the end."""
@@ -152,11 +155,13 @@ class Session:
             device=self.device,
         )
         reporter.start(self.config, self.model, progress, self.notes())
-        signal = trainer.fit()
-        averaged = None
-        if signal is None:
-            averaged = self.average(trainer)
-        reporter.finish(progress, signal is not None)
+        signal, averaged = None, None
+        try:
+            signal = trainer.fit()
+            if signal is None:
+                averaged = self.average(trainer)
+        finally:
+            reporter.finish(progress, signal is not None)
         return RunResult(self.run, progress, averaged, signal)
 
     def average(self, trainer: Trainer) -> dict[str, float] | None:
@@ -183,7 +188,7 @@ class Session:
         """What the data is, and what was chosen."""
         train, size = self.config.train, count_parameters(self.model)
         chosen = f"{size:,} parameters, {train.precision} on {self.device}, {train.threads} threads"
-        return [*self.prepared.report, chosen]
+        return [*self.prepared.report, chosen, *self.changes]
 
 
 def check(config: RunConfig, evaluators: Sequence[Evaluator]) -> None:
@@ -250,6 +255,22 @@ def environment(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "precision": config.train.precision,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def changes(path: Path, now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when the run was last started, and may change its last bits."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differing = [key for key in now if key != "started" and before.get(key) != now[key]]
+    return [
+        f"{key} is {now[key]} and was {before.get(key)}: results may differ in their last bits" for key in differing
+    ]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values that people read."""
+    checkpoint.write_atomic(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

@@ -1,0 +1,278 @@
+"""The command line. Each command imports what it needs when it is called, so that `triglot --help` loads no torch."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from triglot.errors import ConfigError, TriglotError, require
+
+
+class Commands(TyperGroup):
+    """Tells what a user can mend in one red line; everything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except TriglotError as error:
+            typer.secho(" ".join(str(error).split()), fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+tokenizers_app = typer.Typer(no_args_is_help=True, help="Tokenizers by themselves.")
+app.add_typer(tokenizers_app, name="tokenizer")
+
+
+class Kind(StrEnum):
+    """Kinds of tokenizers."""
+
+    bpe = "bpe"
+    char = "char"
+    byte = "byte"
+
+
+class PastContext(StrEnum):
+    """What to do where a text outgrows the model's context."""
+
+    error = "error"
+    slide = "slide"
+
+
+class Split(StrEnum):
+    """Parts of the data that a run can be measured on."""
+
+    valid = "valid"
+    test = "test"
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+Which = Annotated[str, typer.Option("--checkpoint", help="best, last, average, or a number of steps.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; the GPU if there is one.", show_default=False)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("triglot"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Encoder–decoders, language models and mixtures of experts: train, use and explain them."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its runs and pages go.")] = Path("demo"),
+) -> None:
+    """Show the main job on embedded data: train, translate, continue, explain."""
+    from triglot import demo
+
+    demo.run(out)
+
+
+@tokenizers_app.command("train")
+def train_tokenizer(
+    files: Annotated[list[str], typer.Argument(metavar="FILES…", help="Files, folders or globs.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tokenizer.json.", show_default=False)],
+    kind: Annotated[Kind, typer.Option(help="Pieces of words, characters, or bytes.")] = Kind.bpe,
+    vocab_size: Annotated[int, typer.Option(help="Size of a BPE vocabulary.")] = 8000,
+) -> None:
+    """Train a tokenizer on text."""
+    from triglot.data.corpus import find_files, read_blocks
+    from triglot.tokenizer import Tokenizer, Tokenizers
+
+    path = out / "tokenizer.json"
+    require(not path.exists(), "--out", "a folder without tokenizer.json", str(out), ConfigError)
+    texts = (text for file in find_files(files, Path(), "FILES") for text in read_blocks(file))
+    tokenizer = Tokenizer.train(kind.value, texts, vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    Tokenizers(tokenizer, tokenizer).save(out)
+    typer.echo(f"{tokenizer.vocab_size:,} tokens: {path}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Another value for a key; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run's folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and touch no data.")] = False,
+    device: Device = None,
+) -> None:
+    """Train what a recipe describes."""
+    from triglot.config import load_recipe, to_dict
+
+    path = find_recipe(recipe)
+    config = load_recipe(path, tuple(settings or ()))
+    if dry_run:
+        typer.echo(json.dumps(to_dict(config), indent=2, ensure_ascii=False))
+        return
+    from triglot.evaluation import score_translations
+    from triglot.insight.curves import draw
+    from triglot.insight.progress import Bar
+    from triglot.training.session import train
+
+    run = out or Path("runs") / path.stem
+    evaluators = [score_translations] if config.model.kind == "encoder_decoder" else []
+    result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=device)
+    draw(run / "metrics.jsonl", run / "curves.png")
+    typer.echo(f"{run}: best checkpoint {result.progress.best}, last step {result.progress.step}")
+    raise typer.Exit(result.exit_code)
+
+
+def find_recipe(recipe: str) -> Path:
+    """The recipe's file: a path, or a name among the recipes shipped with the package or lying in the repository."""
+    if Path(recipe).is_file():
+        return Path(recipe)
+    package = Path(__file__).parent
+    shipped = {path.stem: path for folder in (package, package.parents[1]) for path in folder.glob("recipes/*.toml")}
+    rule = f"a file, or one of {', '.join(sorted(shipped))}"
+    require(recipe.removesuffix(".toml") in shipped, "RECIPE", rule, recipe, ConfigError)
+    return shipped[recipe.removesuffix(".toml")]
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="The text to continue; empty: a new document.")] = "",
+    max_new_tokens: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many.", show_default=False)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest of so much.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
+    past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """Continue a text, as it comes."""
+    from triglot.generation.engine import load
+
+    engine = load(run, which=which, device=_device(device))
+
+    def show(prompt: str, seed: int) -> None:
+        pieces = engine.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            past_context=past_context.value,
+        )
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+    if not interactive or prompt:
+        show(prompt, seed)
+    while interactive:
+        seed += 1
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        if not (line := sys.stdin.readline()):
+            break
+        try:
+            show(line.removesuffix("\n"), seed)
+        except TriglotError as error:  # a prompt that is too long is no reason to leave
+            typer.secho(str(error), fg=typer.colors.RED, err=True)
+
+
+@app.command()
+def translate(
+    run: Run,
+    file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Lines to translate, or standard input.")] = "-",
+    beam: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
+    nbest: Annotated[int, typer.Option(help="Above 1: line number, score and text of so many.")] = 1,
+    length_penalty: Annotated[float | None, typer.Option(help="α in score / n^α.", show_default=False)] = None,
+    target: Annotated[str | None, typer.Option(metavar="TAG", help="The target tag.", show_default=False)] = None,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """Translate line by line, to standard output; empty lines stay empty."""
+    from triglot.generation.engine import load
+    from triglot.generation.files import lines_of, translate_lines, written
+
+    engine = load(run, which=which, device=_device(device))
+    how = engine.config.generation
+    results = translate_lines(
+        engine,
+        lines_of(None if file == "-" else Path(file)),
+        chunk=1 if file == "-" and sys.stdin.isatty() else None,
+        beam=how.beam if beam is None else beam,
+        nbest=nbest,
+        length_penalty=how.length_penalty if length_penalty is None else length_penalty,
+        tags=target,
+    )
+    for line in written(results, nbest=nbest):
+        sys.stdout.write(line)
+        if sys.stdout.isatty():
+            sys.stdout.flush()
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    split: Annotated[Split, typer.Option(help="What to measure on.")] = Split.valid,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+    root: Annotated[Path | None, typer.Option(help="Where the data lies, if it moved.", show_default=False)] = None,
+    beam: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """Measure a run: loss and bits per byte; BLEU, chrF and exact match of pairs."""
+    from triglot.evaluation import evaluate
+
+    scores = evaluate(run, which=which, split=split.value, root=root, beam=beam, device=_device(device))
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        typer.echo(f"{name:{width}}  {value:.4f}" if isinstance(value, float) else f"{name:{width}}  {value}")
+
+
+@app.command()
+def inspect(run: Run, which: Which = "best") -> None:
+    """Show a run's modules, shapes, parameters and costs."""
+    from triglot.insight.inspect import inspect
+
+    inspect(run, which=which)
+
+
+@app.command()
+def explain(
+    run: Run,
+    text: Annotated[str, typer.Option(help="What the model reads.", show_default=False)],
+    target: Annotated[str | None, typer.Option(help="A translation to explain; the run's own.")] = None,
+    tag: Annotated[str | None, typer.Option(help="The target tag.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page.")] = Path("explain.html"),
+    which: Which = "best",
+) -> None:
+    """Write a page that shows what a model does with a text."""
+    from triglot.insight.explain import explain
+
+    typer.echo(explain(run, text, target=target, tag=tag, out=out, which=which))
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")

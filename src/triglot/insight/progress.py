@@ -1,0 +1,52 @@
+"""Training as it is seen in a terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from triglot import checkpoint
+from triglot.config import RunConfig
+from triglot.training.metrics import Line
+
+
+class Bar:
+    """A reporter that shows a bar with loss, tokens per second and time left, and a line for each evaluation."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def start(self, config: RunConfig, model: nn.Module, progress: checkpoint.Progress, notes: Sequence[str]) -> None:  # noqa: ARG002
+        """Print what is trained on and begin the bar."""
+        for note in notes:
+            self.console.print(note, style="dim", markup=False, highlight=False)
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=config.train.max_steps, completed=progress.step)
+
+    def step(self, line: Line) -> None:
+        """Move the bar."""
+        told = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=line["step"], description=told)
+
+    def evaluated(self, line: Line, is_best: bool) -> None:
+        """Print the scores."""
+        scores = {name: value for name, value in line.items() if name not in ("kind", "step", "seconds")}
+        told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        mark = "  best so far" if is_best else ""
+        self.console.print(f"step {line['step']}: validation {told}{mark}", markup=False, highlight=False)
+
+    def finish(self, progress: checkpoint.Progress, stopped: bool) -> None:
+        """End the bar."""
+        self.bar.stop()
+        if stopped:
+            self.console.print(f"stopped after step {progress.step}; --resume goes on from there", markup=False)

@@ -1,0 +1,48 @@
+"""The feed-forward is its formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from triglot.layers.feed_forward import PointwiseFeedForward, activate
+
+BATCH, LENGTH, D_MODEL, D_FF = 2, 5, 11, 17
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_is_its_formula(activation, bias):
+    layer = PointwiseFeedForward(D_MODEL, D_FF, activation=activation, bias=bias).eval()
+    x = torch.randn(BATCH, LENGTH, D_MODEL)
+    inner = x @ layer.inner.weight.T + (layer.inner.bias if bias else 0)
+    match activation:
+        case "relu":
+            hidden = torch.where(inner > 0, inner, 0)
+        case "gelu":
+            hidden = inner * torch.distributions.Normal(0, 1).cdf(inner)
+        case "swiglu":
+            gate, up = inner[..., :D_FF], inner[..., D_FF:]
+            hidden = gate / (1 + (-gate).exp()) * up
+    expected = hidden @ layer.outer.weight.T + (layer.outer.bias if bias else 0)
+    torch.testing.assert_close(layer(x), expected, atol=2e-6, rtol=0)
+    assert (layer.inner.bias is None) == (layer.outer.bias is None) == (not bias)
+
+
+def test_dropout_lies_between_the_two_projections_and_acts_in_training_only():
+    layer = PointwiseFeedForward(D_MODEL, D_FF, dropout=0.5)
+    x = torch.randn(BATCH, LENGTH, D_MODEL)
+    torch.manual_seed(1)
+    result = layer(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(result, layer.outer(F.dropout(F.relu(layer.inner(x)), 0.5)))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_every_position_is_computed_alike():
+    layer = PointwiseFeedForward(D_MODEL, D_FF).eval()
+    x = torch.randn(BATCH, LENGTH, D_MODEL)
+    torch.testing.assert_close(layer(x.flip(1)), layer(x).flip(1), atol=2e-6, rtol=0)
+
+
+def test_gating_halves_the_width():
+    assert activate(torch.randn(3, 2 * D_FF), "swiglu").shape == (3, D_FF)

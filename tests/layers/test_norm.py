@@ -1,0 +1,38 @@
+"""Norms and residual connections are what their names say."""
+
+import pytest
+import torch
+
+from triglot.layers.norm import Residual, make_norm
+
+BATCH, LENGTH, D_MODEL = 2, 5, 11
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return 3 + 2 * torch.randn(BATCH, LENGTH, D_MODEL)
+
+
+def test_layer_norm_and_rms_norm_are_their_formulas(x):
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(make_norm("layer", D_MODEL, 1e-5)(x), expected)
+    torch.testing.assert_close(make_norm("rms", D_MODEL, 1e-3)(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_the_norm_stands_before_the_sublayer_or_after_the_sum(norm, x):
+    pre, post = (Residual(D_MODEL, 0.0, norm=norm, order=order) for order in ("pre", "post"))
+    extra = object()
+    plain = make_norm(norm, D_MODEL, 1e-5)
+    assert pre(x, lambda h: (h.square(), extra))[1] is extra
+    torch.testing.assert_close(pre(x, lambda h: (h.square(), None))[0], x + plain(x).square())
+    torch.testing.assert_close(post(x, lambda h: (h.square(), None))[0], plain(x + x.square()))
+
+
+def test_dropout_falls_on_the_sublayer_and_never_on_what_passes_by(x):
+    residual = Residual(D_MODEL, 0.5, order="pre")
+    assert torch.equal(residual(x, lambda h: (torch.zeros_like(h), None))[0], x)
+    dropped = residual(x, lambda h: (torch.ones_like(h), None))[0] - x
+    assert sorted({round(value, 4) for value in dropped.flatten().tolist()}) == [0.0, 2.0]
+    torch.testing.assert_close(residual.eval()(x, lambda h: (torch.ones_like(h), None))[0], x + 1)
