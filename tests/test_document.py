@@ -13,6 +13,7 @@ from triglot.config import BlockOptions
 from triglot.errors import CheckpointError
 from triglot.layers.masks import create_look_ahead_mask, create_masks, create_padding_mask
 from triglot.layers.moe import MixtureOfExperts
+from triglot.layers.positions import sinusoids
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.document import load_document_weights
 from triglot.models.encoder_decoder import Transformer
@@ -97,6 +98,12 @@ def test_the_experts_give_the_documents_output(document, k):
     else:
         expected = theirs(x)
     torch.testing.assert_close(ours(x), expected, **EXACT)
+
+
+def test_the_position_tables_agree_to_the_last_row(document):
+    for program in ("encoder_decoder", "decoder_only"):
+        theirs = document.load(program)["PositionalEncoding"](22, 5000).pe[0]
+        torch.testing.assert_close(sinusoids(5000, 22), theirs, **EXACT)
 
 
 def test_weights_under_other_names_are_refused(their_transformer, their_decoder):

@@ -75,7 +75,7 @@ def _main(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its runs and pages go.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its runs and pages go.")] = Path("runs/demo"),
 ) -> None:
     """Show the main job on embedded data: train, translate, continue, explain."""
     from triglot import demo

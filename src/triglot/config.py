@@ -368,6 +368,13 @@ def load_config(path: Path) -> RunConfig:
     return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, or lie in the repository that it runs from, by name."""
+    package = Path(__file__).parent
+    folders = (package.parents[1] / "recipes", package / "recipes")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a recipe in TOML and apply overrides of the form `train.max_steps=100`, values read as TOML or as text."""
     try:

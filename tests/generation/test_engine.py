@@ -36,10 +36,10 @@ def make(kind: str, tags: tuple[str, ...] = (), **data) -> Engine:
     model = build_model(from_dict(RunConfig, values).model).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(3 if weight.dim() > 1 else 1)
+            weight.mul_(6 if weight.dim() > 1 else 1)
         bias = torch.zeros(size)
-        bias[Tokenizer.eos_id] = 3.0
-        bias[3 + len(tags) :] = torch.randn(256) * 3
+        bias[Tokenizer.eos_id] = 3.0 if kind == "encoder_decoder" else 1.5
+        bias[3 + len(tags) :] = torch.randn(256) / 2
         head = model.lm_head if kind == "decoder_only" else model.final_layer
         head.bias = torch.nn.Parameter(bias)
     return Engine(model, from_dict(RunConfig, values), Tokenizers(tokenizer, tokenizer))

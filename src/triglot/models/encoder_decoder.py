@@ -280,7 +280,11 @@ class Transformer(nn.Module):
         self, src: Int[Tensor, "batch src_length"], src_mask: Mask | None, max_new_tokens: int
     ) -> "EncoderDecoderSteps":
         """Encode `src` and make ready to decode up to `max_new_tokens` tokens per row, the first of them after BOS."""
+        rule = f"at most max_seq_length ({self.max_seq_length})"
+        require(max_new_tokens <= self.max_seq_length, "max_new_tokens", rule, max_new_tokens)
         memory = self.encoder.run(src, src_mask).x
+        if src_mask is not None:  # a row for every row of the batch, which `select` can take
+            src_mask = src_mask[(None,) * (4 - src_mask.dim())].expand(src.size(0), -1, -1, -1)
         cache = Cache(
             len(self.decoder.layers),
             src.size(0),
