@@ -83,7 +83,9 @@ def test_the_language_models_gradients_are_the_documents(their_decoder):
     twin = DecoderLLM(SRC_VOCAB, D_MODEL, HEADS, LAYERS, D_FF, MAX_LEN)
     load_document_weights(twin, gradients)  # the gradients travel under the same names
     for (name, parameter), expected in zip(ours.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.data, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, expected.data, **EXACT, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -223,8 +225,9 @@ def test_the_experts_example_runs_with_our_class(document, capsys):
 
 
 def test_the_documents_models_are_the_default_options():
-    plain, spelled_out = our_transformer(), Transformer(
-        SRC_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN, options=BlockOptions()
+    plain, spelled_out = (
+        our_transformer(),
+        Transformer(SRC_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN, options=BlockOptions()),
     )
     assert {name: p.shape for name, p in plain.named_parameters()} == {
         name: p.shape for name, p in spelled_out.named_parameters()

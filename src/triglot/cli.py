@@ -128,7 +128,7 @@ def train(
     from triglot.training.session import train
 
     run = out or Path("runs") / path.stem
-    evaluators = [score_translations] if config.model.kind == "encoder_decoder" else []
+    evaluators = [score_translations] if config.train.keep_best != "loss" else []
     result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=device)
     draw(run / "metrics.jsonl", run / "curves.png")
     typer.echo(f"{run}: best checkpoint {result.progress.best}, last step {result.progress.step}")

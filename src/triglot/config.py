@@ -239,11 +239,14 @@ class TrainConfig:
     keep_best: Literal["loss", "bleu", "exact_match"] = "loss"
     """The metric that chooses the best checkpoint."""
     average: int = 0
-    """Evaluate at the end the mean of the last so many checkpoints' weights; 0 and 1: the best one alone."""
+    """Score at the end the mean of the last so many checkpoints' weights too, `eval_every` steps apart; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_tokens", "accumulate", "context", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        for name in ("max_epochs", "max_minutes", "threads"):
+            limit = getattr(self, name)
+            _require(limit is None or limit > 0, f"train.{name}", "above 0, or left out", limit)
         _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
         _require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
         rule = f"between 0 and train.learning_rate ({self.learning_rate})"

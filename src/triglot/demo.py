@@ -1,7 +1,7 @@
 """The main job on data that every machine has: a translator and a language model, without and with experts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from triglot.checkpoint import load_model
-from triglot.config import RunConfig, load_recipe
+from triglot.config import load_recipe, shipped_recipes
 from triglot.data.phrases import examples
 from triglot.errors import ConfigError, TriglotError, require
 from triglot.evaluation import evaluate
@@ -83,14 +83,14 @@ def run(
 def one(name: str, folder: Path, settings: Sequence[str], console: Console) -> Outcome:
     """Train a recipe, measure it on what was held out, show samples, and draw its pictures."""
     began = time.perf_counter()
-    config = load_recipe(recipe(name), tuple(settings))
+    config = load_recipe(shipped_recipes()[name], tuple(settings))
     result = train(config, folder, reporter=Bar(console))
     if result.signal is not None:
         raise SystemExit(result.exit_code)
     draw(folder / "metrics.jsonl", folder / "curves.png")
     engine = Engine(*load_model(folder))
-    use: Callable[..., dict[str, float]] = translate if config.model.kind == "encoder_decoder" else write
-    reached = use(folder, engine, config, console)
+    use = translate if config.model.kind == "encoder_decoder" else write
+    reached = use(folder, engine, console)
     for picture in ("curves.png", "explain.html"):
         console.print(f"{folder / picture}", style="cyan", highlight=False)
     size, active = count_parameters(engine.model), count_active_parameters(engine.model)
@@ -98,17 +98,10 @@ def one(name: str, folder: Path, settings: Sequence[str], console: Console) -> O
     return Outcome(name, told, reached, time.perf_counter() - began)
 
 
-def recipe(name: str) -> Path:
-    """A recipe that is shipped with the package, or lies in the repository beside it."""
-    package = Path(__file__).parent
-    folder = next(folder for folder in (package, package.parents[1]) if (folder / "recipes").is_dir())
-    return folder / "recipes" / f"{name}.toml"
-
-
-def translate(folder: Path, engine: Engine, config: RunConfig, console: Console) -> dict[str, float]:
+def translate(folder: Path, engine: Engine, console: Console) -> dict[str, float]:
     """Exact match on phrases of the test part, which training never sees, and a few of them."""
-    samples = list(islice(examples(config.seed, config.data.language, "test"), 4))  # type: ignore[arg-type]
-    how = config.generation
+    config, how = engine.config, engine.config.generation
+    samples = list(islice(examples(config.seed, config.data.language, "test"), 4))
     found = engine.translate([sample.source for sample in samples], beam=how.beam, length_penalty=how.length_penalty)
     for sample, (best, *_) in zip(samples, found, strict=True):
         mark = "=" if best.text == sample.target else f"≠ {sample.target}"
@@ -119,7 +112,7 @@ def translate(folder: Path, engine: Engine, config: RunConfig, console: Console)
     return {"exact match": scores["exact_match"], "loss": scores["loss"]}
 
 
-def write(folder: Path, engine: Engine, config: RunConfig, console: Console) -> dict[str, float]:
+def write(folder: Path, engine: Engine, console: Console) -> dict[str, float]:
     """Loss on the files held out, and what follows a few prompts."""
     for prompt, new in zip(PROMPTS, engine.generate(PROMPTS, temperature=0.7, top_k=50), strict=True):
         console.print(f"  {prompt}[{new.text.rstrip()}]".replace("\n", "\n  "), markup=False, highlight=False)

@@ -16,9 +16,7 @@ moves = st.lists(st.one_of(st.integers(1, 2), st.lists(st.integers(0, 4), min_si
 
 
 def make_cache(rows: int, **options: bool) -> Cache:
-    return Cache(
-        LAYERS, rows, KV_HEADS, CAPACITY, HEAD_DIM, dtype=torch.float32, device=torch.device("cpu"), **options
-    )
+    return Cache(LAYERS, rows, KV_HEADS, CAPACITY, HEAD_DIM, dtype=torch.float32, device=torch.device("cpu"), **options)
 
 
 @settings(deadline=None, max_examples=40)

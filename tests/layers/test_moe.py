@@ -138,9 +138,7 @@ def test_a_token_that_loses_one_choice_keeps_the_partial_sum_of_the_others(x):
 
 
 @settings(deadline=None, max_examples=25)
-@given(
-    st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.integers(1, 6), st.integers(0, 2**31), st.booleans()
-)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.integers(1, 6), st.integers(0, 2**31), st.booleans())
 def test_a_later_token_never_takes_an_earlier_ones_place(batch, length, num_experts, capacity, seed, padded):
     generator = torch.Generator().manual_seed(seed)
     k = 2
@@ -187,7 +185,13 @@ def test_expert_capacity_is_shown_of_the_last_training_call_and_never_read(x):
 
 @pytest.mark.parametrize(
     ("tokens", "k", "num_experts", "factor", "minimum", "expected"),
-    [(4096, 2, 8, 1.0, 4, 1024), (1, 2, 8, 1.0, 4, 4), (1, 2, 8, 1.0, 1, 1), (7, 3, 5, 1.25, 4, 6), (0, 2, 8, 1.0, 4, 4)],
+    [
+        (4096, 2, 8, 1.0, 4, 1024),
+        (1, 2, 8, 1.0, 4, 4),
+        (1, 2, 8, 1.0, 1, 1),
+        (7, 3, 5, 1.25, 4, 6),
+        (0, 2, 8, 1.0, 4, 4),
+    ],
 )
 def test_capacity_is_rounded_up_and_never_zero(tokens, k, num_experts, factor, minimum, expected):
     assert expert_capacity(tokens, k, num_experts, factor, minimum) == expected
@@ -209,7 +213,9 @@ def test_one_expert_is_the_dense_feed_forward(activation, x):
 def test_balance_is_one_when_all_experts_are_equally_likely_and_equally_chosen(k):
     moe = MixtureOfExperts(EXPERTS, EXPERTS, INNER, k)
     with torch.no_grad():  # token e prefers experts e, e+1 …, all the others as another token does
-        moe.router.weight.copy_(torch.eye(EXPERTS) + 0.5 * torch.eye(EXPERTS).roll(1, 0) + 0.2 * torch.eye(EXPERTS).roll(2, 0))
+        moe.router.weight.copy_(
+            torch.eye(EXPERTS) + 0.5 * torch.eye(EXPERTS).roll(1, 0) + 0.2 * torch.eye(EXPERTS).roll(2, 0)
+        )
         moe.router.bias.zero_()
     routing = moe.run(torch.eye(EXPERTS)[None]).routing
     torch.testing.assert_close(routing.load, torch.full((EXPERTS,), 1 / EXPERTS))

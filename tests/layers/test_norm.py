@@ -17,7 +17,9 @@ def test_layer_norm_and_rms_norm_are_their_formulas(x):
     centred = x - x.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(make_norm("layer", D_MODEL, 1e-5)(x), expected)
-    torch.testing.assert_close(make_norm("rms", D_MODEL, 1e-3)(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
+    torch.testing.assert_close(
+        make_norm("rms", D_MODEL, 1e-3)(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    )
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

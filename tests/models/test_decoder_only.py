@@ -120,8 +120,12 @@ def test_equals_torchs_encoder_layer_by_layer(ids):
         twin = nn.TransformerEncoderLayer(D_MODEL, HEADS, D_FF, 0.0, batch_first=True)
         attention = layer.self_attention
         with torch.no_grad():
-            twin.self_attn.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]))
-            twin.self_attn.in_proj_bias.copy_(torch.cat([attention.query.bias, attention.key.bias, attention.value.bias]))
+            twin.self_attn.in_proj_weight.copy_(
+                torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
+            )
+            twin.self_attn.in_proj_bias.copy_(
+                torch.cat([attention.query.bias, attention.key.bias, attention.value.bias])
+            )
         twin.self_attn.out_proj.load_state_dict(attention.output.state_dict())
         twin.linear1.load_state_dict(layer.feed_forward.inner.state_dict())
         twin.linear2.load_state_dict(layer.feed_forward.outer.state_dict())
@@ -198,7 +202,12 @@ def test_dropout_is_in_the_documents_places_unless_told_otherwise():
         layer = model.layers[0]
         added = model.embedding.added
         embedding = added.dropout if hasattr(added, "dropout") else added
-        return embedding.p, layer.self_attention.dropout, layer.feed_forward.dropout.p, layer.around_feed_forward.dropout.p
+        return (
+            embedding.p,
+            layer.self_attention.dropout,
+            layer.feed_forward.dropout.p,
+            layer.around_feed_forward.dropout.p,
+        )
 
     assert rates(DecoderLLM(*SHAPE)) == (0.0, 0.0, 0.1, 0.1)
     assert rates(DecoderLLM(*SHAPE, dropout=0.5)) == (0.0, 0.0, 0.5, 0.5)

@@ -197,5 +197,7 @@ def test_beams_may_share_a_sources_mask(pairs, shared):
     steps.select(rows)
     logits = steps.step(tokens.new_full((3,), 5))
     tgt = torch.tensor([[1, 5]]).expand(3, -1)
-    whole = model(src[rows], tgt, mask if shared else mask[rows], create_look_ahead_mask(2), mask if shared else mask[rows])
+    whole = model(
+        src[rows], tgt, mask if shared else mask[rows], create_look_ahead_mask(2), mask if shared else mask[rows]
+    )
     torch.testing.assert_close(logits, whole.logits[:, -1], atol=1e-5, rtol=0)

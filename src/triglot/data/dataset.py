@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ OPEN_ROWS = 64
 """Rows that packing considers for the next document."""
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """What a trainer or an evaluator goes through."""
 
@@ -206,7 +207,7 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, row: int) -> NDArray[np.int32]:
+    def __getitem__(self, row: int | np.integer) -> NDArray[np.int32]:
         return self.flat[self.ends[row] - self.lengths[row] : self.ends[row]]
 
 
