@@ -71,6 +71,12 @@ def compiler(without_shape_checks: None) -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.fixture
+def fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `need_weights` PyTorch's kernel is used, which short sequences on a processor would not pay for."""
+    monkeypatch.setattr("triglot.layers.attention.fused_kernel_pays", lambda query, key: True)
+
+
 @pytest.fixture(params=VARIANTS)
 def options(request: pytest.FixtureRequest) -> Any:
     """The BlockOptions of each variant in turn."""
@@ -81,20 +87,16 @@ def options(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def check_fields() -> Callable[[Any], None]:
-    """Checks a named tuple's fields, and what lies in them, against their annotations, names of axes shared."""
-
-    def check(result: Any) -> None:
-        with jaxtyping.jaxtyped("context"):
-            _check_fields(result)
-
-    return check
+    """Checks a named tuple's fields against their annotations; within one tuple a name of an axis is one number."""
+    return _check_fields
 
 
 def _check_fields(result: Any) -> None:
     hints = get_type_hints(type(result))
-    for name in result._fields:
-        value = getattr(result, name)
-        assert _is(value, hints[name]), f"{type(result).__name__}.{name} is no {hints[name]}: {_shape(value)}"
+    with jaxtyping.jaxtyped("context"):
+        for name in result._fields:
+            value = getattr(result, name)
+            assert _is(value, hints[name]), f"{type(result).__name__}.{name} is no {hints[name]}: {_shape(value)}"
 
 
 def _is(value: Any, kind: Any) -> bool:

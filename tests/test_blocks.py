@@ -13,6 +13,8 @@ from triglot.layers.moe import MixtureOfExperts
 BATCH, SOURCE, TARGET, HEADS, D_MODEL, D_FF = 2, 7, 5, 3, 33, 17
 BLOCK = {"atol": 2e-6, "rtol": 0}
 
+pytestmark = pytest.mark.usefixtures("fused_kernel")  # where weights are not needed
+
 
 @pytest.fixture
 def masks():

@@ -56,12 +56,13 @@ Which = Annotated[str, typer.Option("--checkpoint", help="best, last, average, o
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; the GPU if there is one.", show_default=False)]
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from importlib.metadata import version
 
         typer.echo(version("triglot"))
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -139,8 +140,9 @@ def find_recipe(recipe: str) -> Path:
     """The recipe's file: a path, or a name among the recipes shipped with the package or lying in the repository."""
     if Path(recipe).is_file():
         return Path(recipe)
-    package = Path(__file__).parent
-    shipped = {path.stem: path for folder in (package, package.parents[1]) for path in folder.glob("recipes/*.toml")}
+    from triglot.config import shipped_recipes
+
+    shipped = shipped_recipes()
     rule = f"a file, or one of {', '.join(sorted(shipped))}"
     require(recipe.removesuffix(".toml") in shipped, "RECIPE", rule, recipe, ConfigError)
     return shipped[recipe.removesuffix(".toml")]

@@ -71,13 +71,18 @@ def run(
         markup=False,
         highlight=False,
     )
-    match = outcomes[0].reached["exact match"]
+    judge(outcomes[0], enough)
+    return outcomes
+
+
+def judge(outcome: Outcome, enough: float) -> None:
+    """Raise TriglotError where a translator falls short."""
+    match = outcome.reached["exact match"]
     if match < enough:
         raise TriglotError(
-            f"The demo must translate {enough:.0%} of the held-out phrases to the letter, but does so with {match:.1%}"
-            f" of them: {first} was trained with other settings, or this is a bug."
+            f"{outcome.name} must translate {enough:.0%} of the held-out phrases to the letter, but does so with"
+            f" {match:.1%} of them: the demo does not do here what it should."
         )
-    return outcomes
 
 
 def one(name: str, folder: Path, settings: Sequence[str], console: Console) -> Outcome:

@@ -136,7 +136,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        held = [int(token_id) for token_id in ids]
+        for extreme in (min(held), max(held)) if held else ():
+            self.token_bytes(extreme)
+        return b"".join(map(self._bytes.__getitem__, held)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; a special token stands for none."""

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from triglot.decoding.sampling import GREEDY, Sampler
+from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Decoded, Steps, beam_search, generate, normalised, stream
 from triglot.errors import CheckpointError, ConfigError
 
 PAD, BOS, EOS = 0, 1, 2
 BANNED = (PAD, BOS)
+GREEDY = Sampler(temperature=0.0)
 VOCAB = 7
 
 

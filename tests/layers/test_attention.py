@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from triglot.layers.attention import MultiHeadAttention, attention_weights
@@ -12,6 +13,8 @@ from triglot.layers.positions import RotaryPositions
 BATCH, QUERIES, KEYS, HEADS, D_MODEL = 2, 5, 7, 3, 33  # different primes (times heads): no two axes can be confused
 HALF = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = {"atol": 2e-6, "rtol": 0}
+
+pytestmark = pytest.mark.usefixtures("fused_kernel")  # where weights are not needed
 
 
 @pytest.fixture
@@ -92,6 +95,30 @@ def test_causal_stands_for_the_look_ahead_mask(layer, inputs, need_weights):
     torch.testing.assert_close(result.output, expected.output, **BLOCK)
     with pytest.raises(ValueError, match="`mask` must be None when `causal` is set"):
         layer(x, x, x, look_ahead, causal=True)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_the_output_is_one_whichever_path_is_taken(num_kv_heads, mask, inputs, monkeypatch):
+    layer = MultiHeadAttention(D_MODEL, HEADS, num_kv_heads=num_kv_heads).eval()
+    query, memory = inputs
+    outputs = []
+    for pays in (True, False):
+        monkeypatch.setattr("triglot.layers.attention.fused_kernel_pays", lambda query, key, pays=pays: pays)
+        result = layer(query, memory, memory, mask, need_weights=False)
+        assert result.weights is None
+        outputs.append(result.output)
+    torch.testing.assert_close(*outputs, **BLOCK)
+
+
+def test_long_sequences_take_the_fused_kernel(monkeypatch, layer):
+    monkeypatch.undo()  # the choice is the library's own again
+    calls = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(a), kernel(*a, **k))[1])
+    x = torch.randn(1, 1009, D_MODEL)
+    output = layer.eval()(x, x, x, causal=True, need_weights=False).output
+    assert len(calls) == 1
+    torch.testing.assert_close(output, layer(x, x, x, causal=True).output, **BLOCK)
 
 
 def test_weights_are_a_distribution_over_allowed_keys_even_in_training(layer, mask, inputs):

@@ -14,6 +14,8 @@ SRC_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN = 23, 29, 33, 2, 3, 
 BATCH, SOURCE, TARGET = 2, 7, 5
 SHAPE = (SRC_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN)
 
+pytestmark = pytest.mark.usefixtures("fused_kernel")  # where weights are not needed
+
 
 @pytest.fixture
 def pairs():

@@ -18,8 +18,8 @@ MODEL = {"atol": 1e-5, "rtol": 0}
 def perturbed(model: nn.Module) -> nn.Module:
     """Norms and biases that are not all ones and zeros, and logits that are not all near zero."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_((0.5 if "embedding" in name else 0.1) * torch.randn_like(parameter))
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -61,6 +61,7 @@ def test_another_source_gives_other_logits(translator, pairs):
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_later_target_token_changes_no_earlier_logit(translator, pairs, need_weights):
     src, tgt = pairs[0], torch.randint(3, TGT_VOCAB, (BATCH, TARGET))
     other = tgt.clone()
@@ -88,6 +89,7 @@ def test_a_later_token_changes_no_earlier_logit(language_model, ids):
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_pair_gives_the_same_alone_and_beside_longer_ones(translator, pairs, need_weights):
     src, tgt = pairs
     together = translator(src, tgt, *create_masks(src, tgt), need_weights=need_weights).logits
@@ -127,6 +129,7 @@ def test_attention_of_every_layer_is_a_distribution_over_what_may_be_attended_to
             torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_the_fused_path_gives_the_explaining_ones_outputs_and_gradients(translator, pairs):
     src, tgt = pairs
     masks = create_masks(src, tgt)
@@ -135,12 +138,17 @@ def test_the_fused_path_gives_the_explaining_ones_outputs_and_gradients(translat
         translator.zero_grad()
         logits = translator(src, tgt, *masks, need_weights=need_weights).logits
         token_cross_entropy(logits, torch.where(tgt == 0, -100, tgt)).total.backward()
-        gradients = {name: parameter.grad.clone() for name, parameter in translator.named_parameters() if parameter.grad is not None}
+        gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in translator.named_parameters()
+            if parameter.grad is not None
+        }
         results.append((logits, gradients))
     torch.testing.assert_close(results[0][0], results[1][0], **MODEL)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_the_language_models_fused_path_gives_the_explaining_ones_hidden_states(language_model, ids):
     real = torch.arange(SOURCE) < torch.tensor([7, 2, 5])[:, None]
     for mask in (None, real):
@@ -148,7 +156,10 @@ def test_the_language_models_fused_path_gives_the_explaining_ones_hidden_states(
         torch.testing.assert_close(one.hidden, two.hidden, **MODEL)
 
 
-def test_translation_step_by_step_gives_the_whole_targets_logits(translator, pairs):
+@pytest.mark.parametrize("fused", [True, False])
+def test_translation_step_by_step_gives_the_whole_targets_logits(translator, pairs, fused, request):
+    if fused:
+        request.getfixturevalue("fused_kernel")
     src = pairs[0]
     tgt = torch.randint(3, TGT_VOCAB, (BATCH, TARGET))
     mask = create_padding_mask(src)
@@ -174,7 +185,10 @@ def test_translation_goes_on_with_the_rows_that_are_selected(translator, pairs):
         torch.testing.assert_close(steps.step(tgt[:, position]), whole[:, position], **MODEL)
 
 
-def test_ragged_texts_go_on_step_by_step_as_each_would_alone(language_model):
+@pytest.mark.parametrize("fused", [True, False])
+def test_ragged_texts_go_on_step_by_step_as_each_would_alone(language_model, fused, request):
+    if fused:
+        request.getfixturevalue("fused_kernel")
     lengths, more = torch.tensor([7, 2, 5]), 4
     texts = [torch.randint(TGT_VOCAB, (int(length) + more,)) for length in lengths]
     alone = [language_model(text[None]).logits[0] for text in texts]
@@ -192,7 +206,11 @@ def test_ragged_texts_go_on_step_by_step_as_each_would_alone(language_model):
 
 
 def test_tied_weights_are_one_tensor(translator, language_model, options):
-    matrices = [translator.encoder.embedding.tokens.weight, translator.decoder.embedding.tokens.weight, translator.final_layer.weight]
+    matrices = [
+        translator.encoder.embedding.tokens.weight,
+        translator.decoder.embedding.tokens.weight,
+        translator.final_layer.weight,
+    ]
     assert len({id(matrix) for matrix in matrices}) == (1 if options.tie_embeddings else 3)
     matrices = [language_model.embedding.tokens.weight, language_model.lm_head.weight]
     assert len({id(matrix) for matrix in matrices}) == (1 if options.tie_embeddings else 2)
@@ -207,6 +225,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(translator, language_mod
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("fused_kernel")
 def test_half_precision_runs_forwards_and_backwards(translator, language_model, pairs, ids, dtype):
     src, tgt = pairs
     model = translator.to(dtype).train()
@@ -238,6 +257,7 @@ def test_autocast_runs_forwards_and_backwards_and_decodes(translator, language_m
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_row_of_nothing_but_padding_is_finite_forwards_and_backwards(translator, pairs):
     src, tgt = (side.clone() for side in pairs)
     src[0], tgt[0] = 0, 0
@@ -255,10 +275,19 @@ def test_a_state_loads_into_a_model_of_another_length(translator, language_model
     if options.positions == "learned":
         pytest.skip("learned positions have one vector for each place")
     longer = Transformer(
-        translator.encoder.embedding.tokens.num_embeddings, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, 101, options=options
+        translator.encoder.embedding.tokens.num_embeddings,
+        TGT_VOCAB,
+        D_MODEL,
+        LAYERS,
+        HEADS,
+        D_FF,
+        101,
+        options=options,
     )
     longer.load_state_dict(translator.state_dict())
-    DecoderLLM(TGT_VOCAB, D_MODEL, HEADS, LAYERS, D_FF, 101, options=options).load_state_dict(language_model.state_dict())
+    DecoderLLM(TGT_VOCAB, D_MODEL, HEADS, LAYERS, D_FF, 101, options=options).load_state_dict(
+        language_model.state_dict()
+    )
 
 
 def test_shapes_are_as_the_types_say(translator, language_model, pairs, ids, check_fields):

@@ -90,6 +90,3 @@ class Sampler:
         if self.top_p is not None and self.top_p < 1:
             logits = keep_top_p(logits, self.top_p)
         return draw(logits.softmax(1), uniforms(logits.size(0), generator))
-
-
-GREEDY = Sampler(temperature=0.0)

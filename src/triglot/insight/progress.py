@@ -15,7 +15,7 @@ class Bar:
     """A reporter that shows a bar with loss, tokens per second and time left, and a line for each evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console, self.best = console or Console(), ""
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -35,15 +35,18 @@ class Bar:
 
     def step(self, line: Line) -> None:
         """Move the bar."""
-        told = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        told = f"loss {line['loss']:.3f}{self.best}  {line['tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.task, completed=line["step"], description=told)
 
     def evaluated(self, line: Line, is_best: bool) -> None:
         """Print the scores."""
         scores = {name: value for name, value in line.items() if name not in ("kind", "step", "seconds")}
         told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        if is_best:
+            self.best = f"  best validation {line['loss']:.3f}"
         mark = "  best so far" if is_best else ""
-        self.console.print(f"step {line['step']}: validation {told}{mark}", markup=False, highlight=False)
+        said = f"step {line['step']}: validation {told}{mark}"
+        self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, progress: checkpoint.Progress, stopped: bool) -> None:
         """End the bar."""

@@ -83,9 +83,21 @@ class Cache:
         self.longest += num_new
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows, in this order; a row may be taken more than once (beams)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        """Keep these rows, in this order; a row may be taken more than once (beams). Only what is held is moved."""
+        held = self.longest
+        self.keys = _select(self.keys, rows, held)
+        self.values = _select(self.values, rows, held)
         self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max()) if len(rows) else 0
         for memory in self.memory:
             if memory is not None and memory.held is not None:
                 memory.held = (memory.held[0][rows], memory.held[1][rows])
+
+
+def _select(store: Tensor, rows: Tensor, held: int) -> Tensor:
+    chosen = store[:, rows, :, :held]
+    if len(rows) > store.size(1):
+        store = store.new_zeros(store.size(0), len(rows), *store.shape[2:])
+    store = store[:, : len(rows)]
+    store[:, :, :, :held] = chosen
+    return store

@@ -1,0 +1,45 @@
+"""Compiled models compute what they compute uncompiled."""
+
+import pytest
+import torch
+
+from triglot.config import BlockOptions, ExpertOptions
+from triglot.layers.masks import create_masks
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.usefixtures("compiler"),
+    # What torch's own compiler warns of as it runs.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),
+]
+MODEL = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.mark.parametrize("num_experts", [0, 3])
+def test_a_compiled_language_model_gives_the_same_logits_and_gradients(num_experts):
+    experts = ExpertOptions(num_experts=num_experts) if num_experts else None
+    model = DecoderLLM(29, 22, 11, 1, 17, 53, options=BlockOptions(positions="learned", experts=experts)).eval()
+    ids = torch.randint(29, (2, 5))
+    compiled = torch.compile(model)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        out = run(ids, ids)
+        out.loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        results.append((out.logits.detach(), out.loss.detach(), gradients))
+    torch.testing.assert_close(*results, **MODEL)
+
+
+def test_a_compiled_transformer_gives_the_same_logits():
+    model = Transformer(23, 29, 22, 1, 11, 17, 53).eval()
+    src, tgt = torch.randint(1, 23, (2, 7)), torch.randint(1, 29, (2, 5))
+    src[0, 4:], tgt[1, 3:] = 0, 0
+    masks = create_masks(src, tgt)
+    with torch.no_grad():
+        expected = model(src, tgt, *masks, need_weights=False).logits
+        result = torch.compile(model)(src, tgt, *masks, need_weights=False).logits
+    torch.testing.assert_close(result, expected, **MODEL)

@@ -1,0 +1,275 @@
+"""The command line: what it says, what it refuses in one line, and a run from its recipe to its translations."""
+
+import gzip
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import triglot
+from triglot.config import from_dict, to_dict
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+COMMON = """
+[model]
+kind = "{kind}"
+d_model = 14
+num_layers = 1
+num_heads = 2
+d_ff = 23
+max_seq_length = 41
+[tokenizer]
+kind = "byte"
+[train]
+max_steps = 3
+batch_tokens = 500
+context = 19
+eval_every = 2
+precision = "fp32"
+threads = 1
+warmup_steps = 1
+[generation]
+max_new_tokens = 7
+beam = 2
+"""
+
+
+def invoke(*arguments: object, text: str | bytes = "") -> Result:
+    from triglot.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+
+
+def succeed(*arguments: object, text: str | bytes = "") -> str:
+    result = invoke(*arguments, text=text)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    """The one line that tells why not."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two recipes with their data, and the run of each."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("\n\n".join(f"Line {n}: to be or not to be." for n in range(40)), encoding="utf-8")
+    text = f'[data]\nkind = "text"\nroot = "{folder.as_posix()}"\nfiles = ["text.txt"]\ndocument = "paragraph"\n'
+    (folder / "writer.toml").write_text(COMMON.format(kind="decoder_only") + text, encoding="utf-8")
+    rows = "".join(f"{n} ab\t{n} ba\t{'up' if n % 2 else 'down'}\n" for n in range(40))
+    (folder / "pairs.tsv").write_text(rows, encoding="utf-8")
+    pairs = f'[data]\nkind = "pairs"\nroot = "{folder.as_posix()}"\nfiles = ["pairs.tsv"]\nvalid = 0.1\n'
+    (folder / "translator.toml").write_text(COMMON.format(kind="encoder_decoder") + pairs, encoding="utf-8")
+    for name in ("writer", "translator"):
+        succeed("train", folder / f"{name}.toml", "--out", folder / name, "--device", "cpu")
+    return folder
+
+
+# Without a run
+
+
+def test_help_loads_no_torch_and_names_every_command():
+    code = (
+        "import sys; sys.argv = ['triglot', '--help']\n"
+        "from triglot.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'tokenizers', 'matplotlib'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+    for command in ("demo", "tokenizer", "train", "generate", "translate", "evaluate", "inspect", "explain"):
+        assert f"\N{BOX DRAWINGS LIGHT VERTICAL} {command} " in output
+
+
+def test_version_is_the_packages():
+    assert succeed("--version") == f"{triglot.__version__}\n"
+
+
+def test_every_public_name_is_where_it_says(monkeypatch):
+    for name in triglot.__all__:
+        monkeypatch.delitem(vars(triglot), name, raising=False)
+        assert getattr(triglot, name).__name__ == name
+    assert set(dir(triglot)) >= {*triglot.__all__, "__version__"}
+    with pytest.raises(AttributeError, match="module 'triglot' has no attribute 'nothing'"):
+        triglot.nothing  # noqa: B018
+
+
+def test_importing_triglot_imports_no_torch():
+    code = "import sys, triglot; from triglot import ModelConfig, DataError; print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "False\n"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_dry_run_prints_the_whole_recipe_by_name_or_path(recipe):
+    from triglot.config import RunConfig
+
+    printed = json.loads(succeed("train", recipe.stem, "--dry-run", "--set", "train.max_steps=7"))
+    assert json.loads(succeed("train", recipe, "--dry-run")) | {"train": 0} == printed | {"train": 0}
+    assert printed["train"]["max_steps"] == 7
+    config = from_dict(RunConfig, printed)
+    assert json.loads(json.dumps(to_dict(config))) == printed
+    written = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    assert printed["model"]["d_model"] == written["model"]["d_model"]
+
+
+def test_a_dry_run_touches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.toml").write_text(COMMON.format(kind="decoder_only") + '[data]\nkind = "text"\nfiles = ["no"]')
+    succeed("train", "some.toml", "--dry-run")
+    assert [path.name for path in tmp_path.iterdir()] == ["some.toml"]
+
+
+def test_what_a_recipe_does_not_know_is_refused_in_one_line():
+    assert "`RECIPE` must be a file, or one of" in refuse("train", "nothing-of-the-kind")
+    assert "`train.max_stepz` must be one of" in refuse("train", RECIPES[0], "--dry-run", "--set", "train.max_stepz=3")
+    assert "`--set` must be of the form a.b=value" in refuse("train", RECIPES[0], "--dry-run", "--set", "seed")
+
+
+@pytest.mark.parametrize(
+    "command", [["generate"], ["translate"], ["evaluate"], ["inspect"], ["explain", "--text", "a"]]
+)
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, command):
+    assert "`run` must be a folder with checkpoints" in refuse(command[0], tmp_path, *command[1:])
+
+
+def test_what_is_our_own_fault_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("triglot.cli.find_recipe", lambda _: 1 / 0)
+    result = invoke("train", "any")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
+def test_a_tokenizer_is_trained_from_files(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("ein Text über Text\n" * 9, encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"noch ein Text\n"))
+    files = [tmp_path / "a.txt", tmp_path / "b.txt.gz"]
+    succeed("tokenizer", "train", *files, "--out", tmp_path / "made", "--kind", kind, "--vocab-size", 270)
+    tokenizer = triglot.Tokenizer.load(tmp_path / "made" / "tokenizer.json")
+    assert tokenizer.kind == kind
+    assert tokenizer.decode(tokenizer.encode("über Text")) == "über Text"
+    assert tokenizer.vocab_size <= 270 or kind == "char"
+    assert "without tokenizer.json" in refuse("tokenizer", "train", files[0], "--out", tmp_path / "made")
+
+
+# With a run
+
+
+def test_training_leaves_a_run_with_its_curves(folder):
+    for name in ("writer", "translator"):
+        assert (folder / name / "config.json").is_file()
+        assert (folder / name / "curves.png").stat().st_size > 1000
+
+
+def test_a_run_is_never_overwritten(folder):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "writer").rglob("*")}
+    assert "`run` must be a new folder" in refuse("train", folder / "writer.toml", "--out", folder / "writer")
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "writer").rglob("*")}
+
+
+def test_a_run_goes_to_runs_under_the_recipes_name_and_is_resumed(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short, long = ("--set", "train.max_steps=1"), ("--set", "train.max_steps=2")
+    assert "runs" in succeed("train", folder / "writer.toml", *short, "--device", "cpu")
+    assert (tmp_path / "runs" / "writer" / "checkpoints" / "step-00000001").is_dir()
+    output = succeed("train", folder / "writer.toml", *long, "--resume", "--device", "cpu")
+    assert "last step 2" in output
+    assert (tmp_path / "runs" / "writer" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_generate_prints_the_prompt_and_what_the_engine_makes_of_it(folder):
+    engine = triglot.load(folder / "writer")
+    options = (
+        "--seed",
+        3,
+        "--temperature",
+        0.9,
+        "--top-k",
+        50,
+        "--top-p",
+        0.99,
+        "--max-new-tokens",
+        9,
+        "--device",
+        "cpu",
+    )
+    expected = engine.generate(["Line"], seed=3, temperature=0.9, top_k=50, top_p=0.99, max_new_tokens=9)[0].text
+    assert succeed("generate", folder / "writer", "--prompt", "Line", *options) == f"Line{expected}\n"
+    assert succeed("generate", folder / "writer", *options).endswith("\n")
+
+
+def test_generate_slides_past_the_context_only_when_it_is_told_to(folder):
+    options = ("--prompt", "x", "--max-new-tokens", 60, "--device", "cpu")
+    assert "`max_new_tokens` must be at most 40" in refuse("generate", folder / "writer", *options)
+    succeed("generate", folder / "writer", *options, "--past-context", "slide")
+
+
+def test_interactive_prompts_are_continued_until_the_input_ends(folder):
+    arguments = ("generate", folder / "writer", "--interactive", "--temperature", 0.0, "--device", "cpu")
+    alone = [succeed("generate", folder / "writer", "--prompt", prompt, *arguments[3:]) for prompt in ("ab", "cd")]
+    result = invoke(*arguments, text=f"ab\n{'x' * 50}\ncd\n")
+    assert result.stdout == "".join(alone)
+    assert "`prompt 1` must be at most 40 tokens long" in result.stderr
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("source", ["-", "file", "gzip"])
+def test_translate_reads_files_and_standard_input_alike(folder, tmp_path, source):
+    text = "12 ab\n\n7 ab\r\n"
+    engine, how = triglot.load(folder / "translator"), {"beam": 3, "length_penalty": 0.5, "tags": "up"}
+    expected = [" ".join(row[0].text.splitlines()) for row in engine.translate(["12 ab", "", "7 ab"], **how)]
+    path = tmp_path / ("text.gz" if source == "gzip" else "text")
+    path.write_bytes(gzip.compress(text.encode()) if source == "gzip" else text.encode())
+    arguments = ("--beam", 3, "--length-penalty", 0.5, "--target", "up", "--device", "cpu")
+    output = succeed("translate", folder / "translator", "-" if source == "-" else path, *arguments, text=text)
+    assert output == "".join(f"{line}\n" for line in expected)
+
+
+def test_n_best_translations_carry_line_and_score(folder):
+    arguments = ("--nbest", 2, "--target", "down", "--device", "cpu")
+    rows = [
+        line.split("\t")
+        for line in succeed("translate", folder / "translator", *arguments, text="1\n\n2\n").splitlines()
+    ]
+    assert [row[0] for row in rows] == ["1", "1", "2", "3", "3"]
+    assert float(rows[0][1]) >= float(rows[1][1])
+
+
+def test_translate_names_the_line_that_is_too_long_and_the_tags_that_are_known(folder, tmp_path):
+    (tmp_path / "text").write_text("a\n" + "b" * 50, encoding="utf-8")
+    run = folder / "translator"
+    assert "`line 2` must be at most 41 tokens long" in refuse("translate", run, tmp_path / "text", "--target", "up")
+    assert "`the target tag` must be one of" in refuse("translate", run, tmp_path / "text")
+    assert "`tag` must be a known one" in refuse("translate", run, tmp_path / "text", "--target", "left")
+    assert "cannot be read" in refuse("translate", run, tmp_path / "none", "--target", "up")
+
+
+def test_evaluate_tells_the_same_in_words_and_in_json(folder):
+    for name, metric in (("writer", "bits_per_byte"), ("translator", "bleu")):
+        scores = json.loads(succeed("evaluate", folder / name, "--json", "--device", "cpu"))
+        words = succeed("evaluate", folder / name, "--device", "cpu")
+        assert f"{scores[metric]:.4f}" in words
+        assert scores["loss"] > 0
+    assert "`split` must be" in refuse("evaluate", folder / "writer", "--split", "test", "--device", "cpu")
+
+
+def test_inspect_counts_the_parameters(folder):
+    parameters = sum(weight.numel() for weight in triglot.load(folder / "writer").model.parameters())
+    assert f"{parameters:,}" in succeed("inspect", folder / "writer")
+
+
+def test_explain_writes_a_page(folder, tmp_path):
+    page = tmp_path / "page.html"
+    assert str(page) in succeed("explain", folder / "writer", "--text", "to be", "--out", page).replace("\n", "")
+    assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")

@@ -1,0 +1,300 @@
+"""Configs come back as they were written, refuse what they do not know by its dotted path, and say how to mend it."""
+
+import dataclasses
+import json
+import math
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triglot.config import (
+    BlockOptions,
+    DataConfig,
+    ExpertOptions,
+    ModelConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+    from_dict,
+    load_config,
+    load_recipe,
+    save_config,
+    to_dict,
+)
+from triglot.errors import ConfigError, require
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+FORM = re.compile(r"^`.+` must be .+, but is .+ instead\.$|^`[\w.]+` must be given\.$")
+MINIMAL = {"model": {"kind": "decoder_only"}, "data": {"kind": "text", "files": ["a.txt"]}}
+
+rates = st.none() | st.floats(0, 0.9)
+experts = st.builds(
+    ExpertOptions,
+    num_experts=st.integers(3, 11), top_k=st.integers(1, 3), d_ff=st.none() | st.integers(1, 99),
+    every=st.integers(1, 3), capacity_factor=st.none() | st.floats(0.1, 9), balance_weight=st.floats(0, 1),
+    z_weight=st.floats(0, 1), router_bias=st.booleans(),
+)  # fmt: skip
+block_options = st.builds(
+    BlockOptions,
+    norm=st.sampled_from(["layer", "rms"]), norm_order=st.sampled_from(["pre", "post"]),
+    norm_eps=st.floats(1e-9, 1e-3), final_norm=st.none() | st.booleans(),
+    positions=st.sampled_from(["sinusoidal", "learned", "rotary"]), rope_theta=st.floats(1, 1e7),
+    activation=st.sampled_from(["relu", "gelu", "swiglu"]), bias=st.booleans(),
+    output_bias=st.none() | st.booleans(), num_kv_heads=st.sampled_from([None, 1, 2, 4]),
+    tie_embeddings=st.booleans(), scale_embeddings=st.booleans(), attention_dropout=rates,
+    activation_dropout=rates, embedding_dropout=rates, experts=st.none() | experts,
+)  # fmt: skip
+models = st.builds(
+    ModelConfig,
+    kind=st.just("encoder_decoder"), d_model=st.sampled_from([8, 40, 88]), num_heads=st.just(4),
+    num_layers=st.integers(1, 9), d_ff=st.integers(1, 99), max_seq_length=st.integers(1, 999),
+    dropout=st.floats(0, 0.9), options=block_options,
+)  # fmt: skip
+runs = st.builds(
+    RunConfig,
+    model=models,
+    data=st.builds(
+        DataConfig, kind=st.just("phrases"), language=st.sampled_from(["de", "fr", "cs"]),
+        valid=st.floats(0.01, 0.9) | st.text(min_size=1), files=st.lists(st.text()).map(tuple),
+        max_bytes=st.none() | st.integers(1, 10**9),
+    ),
+    train=st.builds(
+        TrainConfig, betas=st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)), threads=st.none() | st.integers(1, 9),
+        precision=st.sampled_from(["auto", "fp32", "bf16"]), clip_norm=st.none() | st.floats(0.1, 9),
+    ),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")  # beartype does, on tuples
+@settings(deadline=None, max_examples=40)
+@given(runs)
+def test_a_config_comes_back_as_it_was_written(config):
+    assert from_dict(RunConfig, to_dict(config)) == config
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_saved_config_loads_as_it_was(tmp_path):
+    config = from_dict(RunConfig, MINIMAL | {"init": {"from": "another run"}, "seed": 7})
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["init"] == {"from": "another run"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    config = load_recipe(path)
+    assert from_dict(RunConfig, to_dict(config)) == config
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"model": {"kind": "decoder_only", "width": 3}}, "model.width"),
+        ({"model": {"kind": "decoder_only", "options": {"norms": "rms"}}}, "model.options.norms"),
+        ({"model": {"kind": "decoder_only", "options": {"experts": {"k": 2}}}}, "model.options.experts.k"),
+        ({"init": {"from_": "x"}}, "init.from_"),
+        ({"train": {"lr": 1e-3}}, "train.lr"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_dotted_path(values, path):
+    with pytest.raises(ConfigError, match=rf"^`{re.escape(path)}` must be one of .*, but is '\w+' instead\.$"):
+        from_dict(RunConfig, MINIMAL | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {}}, "`model.kind` must be given."),
+        ({"model": {"kind": "decoder"}}, "`model.kind` must be one of encoder_decoder, decoder_only, but is 'decoder' instead."),
+        ({"model": {"kind": "decoder_only", "d_model": "512"}}, "`model.d_model` must be a whole number, but is '512' instead."),
+        ({"model": {"kind": "decoder_only", "d_model": 512.0}}, "`model.d_model` must be a whole number, but is 512.0 instead."),
+        ({"model": {"kind": "decoder_only", "d_model": True}}, "`model.d_model` must be a whole number, but is True instead."),
+        ({"model": {"kind": "decoder_only", "dropout": True}}, "`model.dropout` must be a float, but is True instead."),
+        ({"model": {"kind": "decoder_only", "options": {"bias": 1}}}, "`model.options.bias` must be a bool, but is 1 instead."),
+        ({"model": 3}, "`model` must be a table, but is 3 instead."),
+        ({"train": {"betas": [0.9]}}, "`train.betas` must be a list of 2, but is [0.9] instead."),
+        ({"train": {"betas": [0.9, "x"]}}, "`train.betas[1]` must be a float, but is 'x' instead."),
+        ({"data": {"kind": "text", "files": "a.txt"}}, "`data.files` must be a list, but is 'a.txt' instead."),
+        ({"data": {"kind": "text", "files": [3]}}, "`data.files[0]` must be a string, but is 3 instead."),
+        ({"seed": None}, "`seed` must be a whole number, but is None instead."),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_of_the_wrong_type_is_named_by_its_dotted_path(values, message):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, MINIMAL | values)
+    assert str(caught.value) == message
+
+
+REFUSED = [
+    (ExpertOptions, {"num_experts": 0}),
+    (ExpertOptions, {"num_experts": 3, "top_k": 4}),
+    (ExpertOptions, {"num_experts": 3, "top_k": 0}),
+    (ExpertOptions, {"num_experts": 3, "every": 0}),
+    (ExpertOptions, {"num_experts": 3, "d_ff": 0}),
+    (ExpertOptions, {"num_experts": 3, "capacity_factor": 0.0}),
+    (ExpertOptions, {"num_experts": 3, "capacity_factor": math.nan}),
+    (ExpertOptions, {"num_experts": 3, "balance_weight": -1.0}),
+    (ExpertOptions, {"num_experts": 3, "z_weight": -1.0}),
+    (BlockOptions, {"norm_eps": 0.0}),
+    (BlockOptions, {"rope_theta": -1.0}),
+    (BlockOptions, {"num_kv_heads": 0}),
+    (BlockOptions, {"attention_dropout": 1.0}),
+    (BlockOptions, {"activation_dropout": -0.1}),
+    (BlockOptions, {"embedding_dropout": math.nan}),
+    (ModelConfig, {"kind": "decoder_only", "d_model": 0}),
+    (ModelConfig, {"kind": "decoder_only", "num_layers": 0}),
+    (ModelConfig, {"kind": "decoder_only", "d_model": 33, "num_heads": 2}),
+    (ModelConfig, {"kind": "decoder_only", "dropout": 1.0}),
+    (ModelConfig, {"kind": "decoder_only", "options": BlockOptions(num_kv_heads=3)}),
+    (ModelConfig, {"kind": "decoder_only", "d_model": 33, "num_heads": 3, "options": BlockOptions(positions="rotary")}),
+    (TokenizerConfig, {"vocab_size": 299}),
+    (DataConfig, {"kind": "text"}),
+    (DataConfig, {"kind": "text", "files": ("a",), "valid": 1.0}),
+    (DataConfig, {"kind": "pairs"}),
+    (DataConfig, {"kind": "pairs", "source": "a"}),
+    (DataConfig, {"kind": "pairs", "source": "a", "target": "b", "files": ("c",)}),
+    (DataConfig, {"kind": "pairs", "files": ("c",), "valid_source": "a"}),
+    (DataConfig, {"kind": "pairs", "files": ("c",), "test_target": "a"}),
+    (DataConfig, {"kind": "phrases", "language": "xx"}),
+    (DataConfig, {"kind": "phrases", "num_examples": 0}),
+    (TrainConfig, {"max_steps": 0}),
+    (TrainConfig, {"batch_tokens": 0}),
+    (TrainConfig, {"accumulate": 0}),
+    (TrainConfig, {"eval_every": 0}),
+    (TrainConfig, {"learning_rate": 0.0}),
+    (TrainConfig, {"learning_rate": math.nan}),
+    (TrainConfig, {"warmup_steps": -1}),
+    (TrainConfig, {"min_learning_rate": 1.0}),
+    (TrainConfig, {"label_smoothing": 1.0}),
+    (TrainConfig, {"clip_norm": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), REFUSED, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_values_that_cannot_work_are_refused_in_the_one_form(kind, values):
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    assert FORM.match(str(caught.value)), str(caught.value)
+    name = list(values)[-1]
+    assert name in str(caught.value) or name == "options" or kind is DataConfig or kind is ModelConfig
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"data": {"kind": "phrases"}},
+        {"model": {"kind": "encoder_decoder"}},
+        {"train": {"context": 5001}},
+        {
+            "model": {"kind": "encoder_decoder", "options": {"tie_embeddings": True}}, "data": {"kind": "phrases"},
+            "tokenizer": {"joint": False},
+        },
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_go_together_are_refused_in_the_one_form(values):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, MINIMAL | values)
+    assert FORM.match(str(caught.value)), str(caught.value)
+
+
+RECIPE = """
+[model]
+kind = "decoder_only"
+[data]
+kind = "text"
+files = ["a.txt"]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.max_steps=7", "train.max_steps", 7),
+        ("train.learning_rate=1", "train.learning_rate", 1.0),
+        ("model.options.norm=rms", "model.options.norm", "rms"),
+        ("model.options.experts.num_experts=5", "model.options.experts.num_experts", 5),
+        ("model.options.experts=none", "model.options.experts", None),
+        ("model.options.tie_embeddings=true", "model.options.tie_embeddings", True),
+        ('data.files=["b.txt", "c.txt"]', "data.files", ("b.txt", "c.txt")),
+        ("data.root=/some/where = odd", "data.root", "/some/where = odd"),
+        ("data.valid=held out.txt", "data.valid", "held out.txt"),
+        ("train.betas=[0.5, 0.75]", "train.betas", (0.5, 0.75)),
+        ("init.from=runs/a", "init.from_", "runs/a"),
+        ("seed=11", "seed", 11),
+    ],
+)
+def test_an_override_sets_what_its_path_names(recipe, override, path, value):
+    found = load_recipe(recipe, (override,))
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_of_two_overrides_the_later_holds(recipe):
+    assert load_recipe(recipe, ("seed=3", "seed=5")).seed == 5
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "train.max_step=3", "seed.a=3", "train.max_steps=many"])
+def test_an_override_that_makes_no_sense_is_refused_in_the_one_form(recipe, override):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, (override,))
+    assert FORM.match(str(caught.value)), str(caught.value)
+
+
+def test_a_recipe_that_is_missing_or_no_toml_or_no_text_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="`recipe` must be a file that can be read, but is"):
+        load_recipe(tmp_path / "missing.toml")
+    with pytest.raises(ConfigError, match="`recipe` must be a file that can be read, but is"):
+        load_recipe(tmp_path)
+    for content in (b"seed = ", b"\xff\xfe"):
+        (tmp_path / "broken.toml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"broken\.toml"):
+            load_recipe(tmp_path / "broken.toml")
+
+
+def all_configs(kind: type = RunConfig) -> set[type]:
+    found = {kind}
+    for hint in typing.get_type_hints(kind).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                found |= all_configs(part)
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(all_configs(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+def test_configs_are_frozen_and_take_keywords_only(kind):
+    assert kind.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(kind))
+    assert len(all_configs()) == 9
+
+
+def test_dropout_left_out_is_filled_in_and_given_is_kept():
+    filled = BlockOptions(attention_dropout=0.25).with_dropout(attention=0.0, embedding=0.5)
+    assert (filled.attention_dropout, filled.embedding_dropout) == (0.25, 0.5)
+    assert BlockOptions().with_dropout(attention=0.0, embedding=0.5).attention_dropout == 0.0
+
+
+def test_require_is_silent_when_it_holds_and_raises_what_it_is_told():
+    require(True, "x", "good", 3)
+    with pytest.raises(ConfigError, match=r"^`x` must be good, but is 'bad' instead\.$"):
+        require(False, "x", "good", "bad", ConfigError)
+    with pytest.raises(ValueError, match=r"^`x` must be good, but is 3 instead\.$"):
+        require(False, "x", "good", 3)

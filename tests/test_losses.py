@@ -1,0 +1,106 @@
+"""Losses are sums over what is scored, whatever the padding, and torch's formula of smoothing."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from triglot.layers.moe import MixtureOfExperts
+from triglot.losses import IGNORED, expert_losses, token_cross_entropy
+
+BATCH, LENGTH, VOCAB = 2, 5, 11
+
+
+@pytest.fixture
+def scored():
+    logits, targets = torch.randn(BATCH, LENGTH, VOCAB), torch.randint(VOCAB, (BATCH, LENGTH))
+    targets[1, 3:] = IGNORED
+    return logits, targets
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_is_the_formula_token_by_token(scored, smoothing, check_fields):
+    logits, targets = scored
+    total, nll, count = 0.0, 0.0, 0
+    for row in range(BATCH):
+        for position in range(LENGTH):
+            target = int(targets[row, position])
+            if target == IGNORED:
+                continue
+            normaliser = math.log(sum(math.exp(v) for v in logits[row, position].tolist()))
+            log_p = [v - normaliser for v in logits[row, position].tolist()]
+            nll -= log_p[target]
+            total -= (1 - smoothing) * log_p[target] + smoothing * sum(log_p) / VOCAB
+            count += 1
+    loss = token_cross_entropy(logits, targets, label_smoothing=smoothing)
+    check_fields(loss)
+    assert loss.total.item() == pytest.approx(total, rel=1e-5)
+    assert loss.nll.item() == pytest.approx(nll, rel=1e-5)
+    assert loss.tokens.item() == count == BATCH * LENGTH - 2
+
+
+def test_equals_torchs_own_mean(scored):
+    logits, targets = scored
+    for smoothing in (0.0, 0.1):
+        loss = token_cross_entropy(logits, targets, label_smoothing=smoothing)
+        expected = nn.CrossEntropyLoss(label_smoothing=smoothing)(logits.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(loss.total / loss.tokens, expected)
+
+
+def test_only_the_total_has_a_gradient_and_ignored_targets_send_none(scored):
+    logits, targets = scored
+    logits.requires_grad_()
+    loss = token_cross_entropy(logits, targets, label_smoothing=0.1)
+    assert not loss.nll.requires_grad
+    loss.total.backward()
+    assert not logits.grad[targets == IGNORED].any()
+    assert (logits.grad[targets != IGNORED].abs().sum(-1) > 0).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, LENGTH), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_sums_over_rows_add_up_to_the_batch(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(lengths), LENGTH, VOCAB, generator=generator)
+    targets = torch.randint(VOCAB, (len(lengths), LENGTH), generator=generator)
+    for row, length in enumerate(lengths):
+        targets[row, length:] = IGNORED
+    together = token_cross_entropy(logits, targets, label_smoothing=0.1)
+    alone = [
+        token_cross_entropy(logits[row, :n], targets[row, :n], label_smoothing=0.1) for row, n in enumerate(lengths)
+    ]
+    for name in together._fields:
+        parts = torch.stack([getattr(loss, name) for loss in alone]).sum()
+        torch.testing.assert_close(getattr(together, name), parts, atol=1e-4, rtol=1e-5)
+
+
+def test_nothing_scored_is_zero_and_not_nan(scored):
+    logits, targets = scored
+    loss = token_cross_entropy(logits.requires_grad_(), torch.full_like(targets, IGNORED), label_smoothing=0.1)
+    assert loss == (0, 0, 0)
+    loss.total.backward()
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_scored_in_full_precision(scored, dtype):
+    logits, targets = scored
+    halved = logits.to(dtype)
+    loss = token_cross_entropy(halved, targets)
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(loss.total, token_cross_entropy(halved.float(), targets).total)
+
+
+def test_expert_losses_are_means_over_layers_in_units_that_depth_does_not_change(check_fields):
+    x = torch.randn(BATCH, LENGTH, 13)
+    routing = [MixtureOfExperts(13, num_experts, 7).run(x).routing for num_experts in (3, 5, 7)]
+    losses = expert_losses(routing)
+    check_fields(losses)
+    for name in losses._fields:
+        expected = sum(getattr(layer, name).item() for layer in routing) / 3
+        assert getattr(losses, name).item() == pytest.approx(expected)
+    torch.testing.assert_close(expert_losses(routing * 4), losses)
+    assert expert_losses([]) == (0, 0)
