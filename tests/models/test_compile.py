@@ -1,4 +1,4 @@
-"""Compiled models compute what they compute uncompiled."""
+"""Compiled models compute what they compute uncompiled: as a traced graph in every run, as machine code in slow ones."""
 
 import pytest
 import torch
@@ -9,23 +9,30 @@ from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
 pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.usefixtures("compiler"),
     # What torch's own compiler warns of as it runs.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),
 ]
 MODEL = {"atol": 1e-5, "rtol": 0}
 
 
+@pytest.fixture(
+    params=["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compile])],
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    request.getfixturevalue("compiler" if request.param == "inductor" else "without_shape_checks")
+    torch.compiler.reset()
+    return request.param
+
+
 @pytest.mark.parametrize("num_experts", [0, 3])
-def test_a_compiled_language_model_gives_the_same_logits_and_gradients(num_experts):
+def test_a_compiled_language_model_gives_the_same_logits_and_gradients(num_experts, backend):
     experts = ExpertOptions(num_experts=num_experts) if num_experts else None
     model = DecoderLLM(29, 22, 11, 1, 17, 53, options=BlockOptions(positions="learned", experts=experts)).eval()
     ids = torch.randint(29, (2, 5))
-    compiled = torch.compile(model)
     results = []
-    for run in (model, compiled):
+    for run in (model, torch.compile(model, backend=backend)):
         model.zero_grad()
         out = run(ids, ids)
         out.loss.backward()
@@ -34,12 +41,21 @@ def test_a_compiled_language_model_gives_the_same_logits_and_gradients(num_exper
     torch.testing.assert_close(*results, **MODEL)
 
 
-def test_a_compiled_transformer_gives_the_same_logits():
-    model = Transformer(23, 29, 22, 1, 11, 17, 53).eval()
+@pytest.mark.parametrize("num_experts", [0, 3])
+def test_a_compiled_transformer_gives_the_same_logits(num_experts, backend):
+    experts = ExpertOptions(num_experts=num_experts) if num_experts else None
+    model = Transformer(23, 29, 22, 1, 11, 17, 53, options=BlockOptions(experts=experts)).eval()
     src, tgt = torch.randint(1, 23, (2, 7)), torch.randint(1, 29, (2, 5))
     src[0, 4:], tgt[1, 3:] = 0, 0
     masks = create_masks(src, tgt)
     with torch.no_grad():
         expected = model(src, tgt, *masks, need_weights=False).logits
-        result = torch.compile(model)(src, tgt, *masks, need_weights=False).logits
+        result = torch.compile(model, backend=backend)(src, tgt, *masks, need_weights=False).logits
     torch.testing.assert_close(result, expected, **MODEL)
+
+
+def test_a_dense_model_is_traced_in_one_piece(without_shape_checks):
+    torch.compiler.reset()
+    model = DecoderLLM(29, 22, 11, 1, 17, 53).eval()
+    ids = torch.randint(29, (2, 5))
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(ids).logits, model(ids).logits, **MODEL)
