@@ -1,36 +1,71 @@
-"""The mixture of experts, step by step: routing, capacity, loads, losses. Run it: it takes seconds."""
+"""A layer of experts from the outside: shapes, capacity, loads, what is dropped, and what the balance loss says of it.
+
+Run it by `python examples/mixture_of_experts.py`.
+"""
 
 import torch
 
-from triglot import MixtureOfExperts
+from triglot import BlockOptions, DecoderLLM, ExpertOptions, MixtureOfExperts
 
-BATCH, LENGTH, HIDDEN, EXPERTS, EXPERT, K = 32, 128, 512, 8, 1024, 2
+BATCH, LENGTH, HIDDEN, EXPERTS, INNER, K = 32, 128, 512, 8, 1024, 2
+
+
+def bars(shares: list[float]) -> str:
+    """One line an expert, its share as a number and a bar."""
+    return "\n".join(
+        f"  expert {expert}: {share:6.2%} {'#' * round(200 * share)}" for expert, share in enumerate(shares)
+    )
+
+
+@torch.no_grad()
+def show_layer() -> None:
+    """One call in training mode, where an expert takes only so many tokens, and one in evaluation mode."""
+    x = torch.randn(BATCH, LENGTH, HIDDEN)
+    moe = MixtureOfExperts(HIDDEN, EXPERTS, INNER, K)
+    output, routing = moe.run(x)
+    print(f"Input shape: {list(x.shape)}")
+    print(f"Output shape: {list(output.shape)}")
+    print(f"{EXPERTS} experts of inner width {INNER}, {K} for each token, {BATCH * LENGTH:,} tokens")
+    print(f"Expert capacity: {moe.expert_capacity:,}")
+    print(f"Load, as shares of all choices (even would be {1 / EXPERTS:.2%}):\n{bars(routing.load.tolist())}")
+    print(f"Balance loss: {routing.balance.item():.4f} (1 is perfect)")
+    print(f"Router z-loss: {routing.z.item():.4f}")
+    print(
+        f"Entropy of the router: {routing.entropy.item():.3f} of at most {torch.tensor(EXPERTS).log().item():.3f} nats"
+    )
+    print(f"Dropped in training: {routing.dropped.item():.2%} of the choices found their expert full")
+    print(f"Dropped in evaluation: {moe.eval().run(x).routing.dropped.item():.2%}")
+
+
+@torch.no_grad()
+def show_padding() -> None:
+    """Padding visits no expert."""
+    moe = MixtureOfExperts(HIDDEN, EXPERTS, INNER, K).eval()
+    x, mask = torch.randn(1, 4, HIDDEN), torch.tensor([[True, True, True, False]])
+    output, routing = moe.run(x, mask)
+    print(f"Experts of three tokens and one that is padding: {routing.experts[0, :3].tolist()}, none")
+    print(f"Largest output of the padding: {output[0, 3].abs().max().item():g}")
+
+
+def show_model() -> None:
+    """Experts in every second block of a language model; their losses are part of its loss in training."""
+    options = BlockOptions(activation="gelu", experts=ExpertOptions(num_experts=EXPERTS, top_k=K, every=2))
+    model = DecoderLLM(1000, 128, 4, 4, 256, options=options, dropout=0.0)
+    ids = torch.randint(1000, (4, 33))
+    loss = model(ids[:, :-1], ids[:, 1:]).loss
+    loss.backward()
+    routing = model.run(ids).routing
+    print(f"A language model with experts in {len(routing)} of {len(model.layers)} blocks, loss {loss.item():.3f}")
+    for number, layer in enumerate(routing):
+        print(f"  layer of experts {number}: fullest expert has {layer.load.max().item():.2%} of the choices")
 
 
 def main() -> None:
-    """One layer of the founding document's size on random vectors."""
+    """All of it, the same every time."""
     torch.manual_seed(0)
-    x = torch.randn(BATCH, LENGTH, HIDDEN)
-    layer = MixtureOfExperts(hidden_dim=HIDDEN, num_experts=EXPERTS, expert_dim=EXPERT, k=K)
-    print(f"Input: {list(x.shape)}")
-
-    with torch.no_grad():
-        output, routing = layer.run(x)
-    print(f"Output: {list(output.shape)}")
-    print(f"Experts: {EXPERTS} of inner width {EXPERT}, {K} for each token")
-    print(f"Capacity: {layer.expert_capacity} tokens for each expert (factor 1.0 · {K} · {BATCH * LENGTH} / {EXPERTS})")
-    print(f"Dropped, since no router is perfectly even: {routing.dropped:.2%} of all choices")
-
-    print("\nThe first token's experts and weights, and each expert's load (1.00 = an even share):")
-    print(f"  {routing.experts[0, 0].tolist()} {[round(w, 3) for w in routing.weights[0, 0].tolist()]}")
-    print(f"  {[round(load * EXPERTS, 2) for load in routing.load.tolist()]}")
-    print(
-        f"Balance loss: {routing.balance:.3f} (1 = even), z-loss: {routing.z:.3f}, entropy: {routing.entropy:.3f} nats"
-    )
-
-    with torch.no_grad():
-        kept = layer.eval().run(x).routing
-    print(f"\nIn evaluation nothing is dropped: {kept.dropped:.2%}")
+    show_layer()
+    show_padding()
+    show_model()
 
 
 if __name__ == "__main__":

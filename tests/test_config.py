@@ -111,28 +111,36 @@ def test_unknown_keys_are_refused_with_the_dotted_path(values, path):
         from_dict(RunConfig, MINIMAL | values)
 
 
+def model(**values) -> dict:
+    return {"model": {"kind": "decoder_only"} | values}
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "path", "rule", "value"),
     [
-        ({"model": {}}, "`model.kind` must be given."),
-        ({"model": {"kind": "decoder"}}, "`model.kind` must be one of encoder_decoder, decoder_only, but is 'decoder' instead."),
-        ({"model": {"kind": "decoder_only", "d_model": "512"}}, "`model.d_model` must be a whole number, but is '512' instead."),
-        ({"model": {"kind": "decoder_only", "d_model": 512.0}}, "`model.d_model` must be a whole number, but is 512.0 instead."),
-        ({"model": {"kind": "decoder_only", "d_model": True}}, "`model.d_model` must be a whole number, but is True instead."),
-        ({"model": {"kind": "decoder_only", "dropout": True}}, "`model.dropout` must be a float, but is True instead."),
-        ({"model": {"kind": "decoder_only", "options": {"bias": 1}}}, "`model.options.bias` must be a bool, but is 1 instead."),
-        ({"model": 3}, "`model` must be a table, but is 3 instead."),
-        ({"train": {"betas": [0.9]}}, "`train.betas` must be a list of 2, but is [0.9] instead."),
-        ({"train": {"betas": [0.9, "x"]}}, "`train.betas[1]` must be a float, but is 'x' instead."),
-        ({"data": {"kind": "text", "files": "a.txt"}}, "`data.files` must be a list, but is 'a.txt' instead."),
-        ({"data": {"kind": "text", "files": [3]}}, "`data.files[0]` must be a string, but is 3 instead."),
-        ({"seed": None}, "`seed` must be a whole number, but is None instead."),
+        (model(kind="decoder"), "model.kind", "one of encoder_decoder, decoder_only", "'decoder'"),
+        (model(d_model="512"), "model.d_model", "a whole number", "'512'"),
+        (model(d_model=512.0), "model.d_model", "a whole number", "512.0"),
+        (model(d_model=True), "model.d_model", "a whole number", "True"),
+        (model(dropout=True), "model.dropout", "a float", "True"),
+        (model(options={"bias": 1}), "model.options.bias", "a bool", "1"),
+        ({"model": 3}, "model", "a table", "3"),
+        ({"train": {"betas": [0.9]}}, "train.betas", "a list of 2", "[0.9]"),
+        ({"train": {"betas": [0.9, "x"]}}, "train.betas[1]", "a float", "'x'"),
+        ({"data": {"kind": "text", "files": "a.txt"}}, "data.files", "a list", "'a.txt'"),
+        ({"data": {"kind": "text", "files": [3]}}, "data.files[0]", "a string", "3"),
+        ({"seed": None}, "seed", "a whole number", "None"),
     ],
-)  # fmt: skip
-def test_what_is_missing_or_of_the_wrong_type_is_named_by_its_dotted_path(values, message):
+)
+def test_what_is_of_the_wrong_type_is_named_by_its_dotted_path(values, path, rule, value):
     with pytest.raises(ConfigError) as caught:
         from_dict(RunConfig, MINIMAL | values)
-    assert str(caught.value) == message
+    assert str(caught.value) == f"`{path}` must be {rule}, but is {value} instead."
+
+
+def test_what_is_missing_is_named_by_its_dotted_path():
+    with pytest.raises(ConfigError, match=r"`model\.kind` must be given"):
+        from_dict(RunConfig, MINIMAL | {"model": {}})
 
 
 REFUSED = [
@@ -156,7 +164,7 @@ REFUSED = [
     (ModelConfig, {"kind": "decoder_only", "d_model": 33, "num_heads": 2}),
     (ModelConfig, {"kind": "decoder_only", "dropout": 1.0}),
     (ModelConfig, {"kind": "decoder_only", "options": BlockOptions(num_kv_heads=3)}),
-    (ModelConfig, {"kind": "decoder_only", "d_model": 33, "num_heads": 3, "options": BlockOptions(positions="rotary")}),
+    (ModelConfig, {"kind": "decoder_only", "d_model": 8 * 11, "options": BlockOptions(positions="rotary")}),
     (TokenizerConfig, {"vocab_size": 299}),
     (DataConfig, {"kind": "text"}),
     (DataConfig, {"kind": "text", "files": ("a",), "valid": 1.0}),

@@ -38,8 +38,8 @@ def make_transformer(**arguments) -> Transformer:
     return Transformer(SRC_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN, **arguments).eval()
 
 
-def make_language_model(options: BlockOptions = BlockOptions(), **arguments) -> DecoderLLM:
-    model = DecoderLLM(TGT_VOCAB, D_MODEL, HEADS, LAYERS, D_FF, MAX_LEN, options=options, **arguments).eval()
+def make_language_model(**arguments) -> DecoderLLM:
+    model = DecoderLLM(TGT_VOCAB, D_MODEL, HEADS, LAYERS, D_FF, MAX_LEN, **arguments).eval()
     with torch.no_grad():  # distributions that are not all alike
         model.lm_head.weight.mul_(20)
     return model
@@ -241,7 +241,7 @@ def test_row_13_padding_is_routed_nowhere_and_its_output_is_zero():
 
 def test_row_14_experts_and_outputs_depend_on_no_later_token_and_no_batch_mate():
     options = BlockOptions(experts=ExpertOptions(num_experts=5, capacity_factor=0.5))
-    model = make_language_model(options)
+    model = make_language_model(options=options)
     ids = torch.randint(TGT_VOCAB, (3, 7))
     other = ids.clone()
     other[:, 4:], other[1:] = 3, 5
@@ -269,7 +269,7 @@ def test_row_16_every_rate_of_dropout_is_an_argument():
     ids = torch.randint(TGT_VOCAB, (2, 5))
     for place in (None, *quiet, "dropout"):
         options = BlockOptions(**quiet | ({place: 0.5} if place in quiet else {}))
-        model = make_language_model(options, dropout=0.5 if place == "dropout" else 0.0).train()
+        model = make_language_model(options=options, dropout=0.5 if place == "dropout" else 0.0).train()
         assert torch.equal(model(ids).logits, model(ids).logits) == (place is None)
         twin = Transformer(
             TGT_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN, 0.5 if place == "dropout" else 0.0,

@@ -169,15 +169,15 @@ class DataConfig:
     source: str | None = None
     target: str | None = None
     valid: str | float = 0.05
-    """A file or glob to validate on (text, tab-separated pairs), or the fraction of documents or lines held out."""
+    """A file or glob to validate on (text, tab-separated pairs), or the fraction held out; phrases have their own."""
     valid_source: str | None = None
     valid_target: str | None = None
     test_source: str | None = None
     test_target: str | None = None
     hold_out: Literal["seeded", "tail"] = "seeded"
-    """Which documents or lines a fraction takes: drawn by the seed, or the last part of the text, by characters."""
+    """What a fraction takes: documents or lines drawn by the seed, or the last characters (text) or lines (pairs)."""
     document: Literal["file", "line", "paragraph"] = "file"
-    """text: what a document is; documents end with the end-of-sequence token."""
+    """text: what a document is; it stands between the tokens for beginning and end of sequence."""
     packing: Literal["crops", "documents"] = "crops"
     """text: windows cut anywhere, or whole documents side by side that do not attend across their borders."""
     language: str = "de"
@@ -203,6 +203,8 @@ class DataConfig:
             _require(both, "data.test_source", "given together with data.test_target", self.test_source)
         _require(self.language in ("de", "fr", "cs"), "data.language", "one of de, fr, cs", self.language)
         _require(self.num_examples >= 1, "data.num_examples", "at least 1", self.num_examples)
+        rule = "at least 1, or left out"
+        _require(self.max_bytes is None or self.max_bytes >= 1, "data.max_bytes", rule, self.max_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +289,14 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "at least 0", self.seed)
         fits = (self.model.kind == "encoder_decoder") == (self.data.kind in ("pairs", "phrases"))
         _require(fits, "data.kind", f"one that {self.model.kind} can learn from", self.data.kind)
         if self.model.kind == "decoder_only":
             rule = f"at most model.max_seq_length ({self.model.max_seq_length})"
             _require(self.train.context <= self.model.max_seq_length, "train.context", rule, self.train.context)
+            rule = f"at least train.context ({self.train.context})"
+            _require(self.train.batch_tokens >= self.train.context, "train.batch_tokens", rule, self.train.batch_tokens)
         if self.model.kind == "encoder_decoder" and self.model.options.tie_embeddings:
             _require(self.tokenizer.joint, "tokenizer.joint", "true with tied embeddings", self.tokenizer.joint)
 

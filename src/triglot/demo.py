@@ -111,7 +111,7 @@ def translate(folder: Path, engine: Engine, console: Console) -> dict[str, float
     for sample, (best, *_) in zip(samples, found, strict=True):
         mark = "=" if best.text == sample.target else f"≠ {sample.target}"
         console.print(f"  {sample.source} → {best.text}  {mark}", markup=False, highlight=False)
-    explain(folder, samples[0].source, out=folder / "explain.html")
+    explain(folder, max((sample.source for sample in samples), key=len), out=folder / "explain.html")
     scores = evaluate(folder, split="test")
     console.print(f"exact match on {scores['sentences']} held-out phrases: {scores['exact_match']:.1%}")
     return {"exact match": scores["exact_match"], "loss": scores["loss"]}
