@@ -252,11 +252,16 @@ def evaluate(
 
 
 @app.command()
-def inspect(run: Run, which: Which = "best") -> None:
+def inspect(
+    run: Run,
+    batch: Annotated[int, typer.Option(help="Rows of the random batch whose shapes are shown.")] = 2,
+    length: Annotated[int, typer.Option(help="Its tokens in a row; a target has one more.")] = 7,
+    which: Which = "best",
+) -> None:
     """Show a run's modules, shapes, parameters and costs."""
     from triglot.insight.inspect import inspect
 
-    inspect(run, which=which)
+    inspect(run, batch=batch, length=length, which=which)
 
 
 @app.command()

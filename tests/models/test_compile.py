@@ -1,4 +1,4 @@
-"""Compiled models compute what they compute uncompiled: as a traced graph in every run, as machine code in slow ones."""
+"""Compiled models compute what they compute uncompiled: as a traced graph always, as machine code in slow runs."""
 
 import subprocess
 import sys

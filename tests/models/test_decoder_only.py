@@ -236,6 +236,24 @@ def test_refuses_a_mask_that_is_not_bool(ids, dtype, without_shape_checks):
         DecoderLLM(*SHAPE)(ids, mask=torch.ones(ids.shape, dtype=dtype))
 
 
+def test_refuses_segments_beside_what_they_would_override(ids):
+    with pytest.raises(ValueError, match="`segments` must be given without mask and cache"):
+        DecoderLLM(*SHAPE).run(ids, segments=torch.ones_like(ids), mask=torch.ones_like(ids, dtype=torch.bool))
+
+
+def test_refuses_to_generate_fewer_than_no_tokens_and_generates_none(ids):
+    model = DecoderLLM(*SHAPE)
+    with pytest.raises(ValueError, match=r"`max_new_tokens` must be at least 0, but is -1 instead\."):
+        model.generate(ids, -1)
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+def test_refuses_lengths_that_no_prompt_has(ids):
+    for lengths in ([0, 1, 2, 3, 4], [8, 1, 2, 3, 4]):
+        with pytest.raises(ValueError, match=r"`lengths` must be between 1 and 7, but is \["):
+            DecoderLLM(*SHAPE).generate(ids, 1, lengths=torch.tensor(lengths))
+
+
 def test_is_built_from_a_config_as_from_arguments():
     config = ModelConfig(
         kind="decoder_only", vocab_size=VOCAB, d_model=D_MODEL, num_layers=LAYERS, num_heads=HEADS, d_ff=D_FF,

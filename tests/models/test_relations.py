@@ -118,6 +118,27 @@ def test_what_stands_on_padding_changes_nothing_of_what_is_real(translator, pair
     torch.testing.assert_close(one[tgt != 0], two[tgt != 0], **MODEL)
 
 
+def test_padding_is_counted_in_no_figure_of_the_experts(translator, language_model, pairs, ids):
+    src, tgt = pairs
+    masks, real = create_masks(src, tgt), torch.arange(SOURCE) < torch.tensor([7, 2, 5])[:, None]
+    segments = real.long()
+    runs = [
+        (
+            translator.run(src, tgt, *masks),
+            translator.run(torch.where(src == 0, 5, src), torch.where(tgt == 0, 6, tgt), *masks),
+        ),
+        (language_model.run(ids, mask=real), language_model.run(torch.where(real, ids, 5), mask=real)),
+        (
+            language_model.run(ids, segments=segments),
+            language_model.run(torch.where(real, ids, 5), segments=segments),
+        ),
+    ]
+    for one, two in runs:
+        for here, there in zip(one.routing, two.routing, strict=True):
+            for name in ("load", "balance", "z", "dropped", "entropy"):
+                torch.testing.assert_close(getattr(here, name), getattr(there, name), **MODEL)
+
+
 def test_attention_of_every_layer_is_a_distribution_over_what_may_be_attended_to(translator, pairs):
     src, tgt = pairs
     masks = create_masks(src, tgt)
@@ -174,7 +195,7 @@ def test_translation_goes_on_with_the_rows_that_are_selected(translator, pairs):
     tgt = torch.randint(3, TGT_VOCAB, (BATCH, TARGET))
     mask = create_padding_mask(src)
     steps = translator.start(src, mask, TARGET)
-    selections = {1: [0, 0, 1, 2, 2], 3: [4, 1, 2], 4: [1]}
+    selections = {0: [2, 1, 0], 1: [0, 0, 1, 2, 2], 3: [4, 1, 2], 4: [1]}
     for position in range(TARGET):
         if position in selections:
             rows = torch.tensor(selections[position])

@@ -137,6 +137,8 @@ class DecoderLLM(nn.Module):
         length = input_ids.size(1)
         end = length if cache is None else cache.longest + length
         require(end <= self.max_len, "length", f"at most max_len ({self.max_len})", end)
+        alone = segments is None or (mask is None and cache is None)
+        require(alone, "segments", "given without mask and cache", "given beside one of them")
         attend, real = self._may_attend(length, mask, segments, cache), mask
         if segments is not None:
             real = segments != 0
@@ -220,6 +222,7 @@ class DecoderLLM(nn.Module):
         batch, width = input_ids.shape
         if lengths is None:
             lengths = torch.full((batch,), width, device=input_ids.device)
+        require(max_new_tokens >= 0, "max_new_tokens", "at least 0", max_new_tokens)
         rule = f"such that prompt and new tokens fit max_len ({self.max_len})"
         require(width + max_new_tokens <= self.max_len, "max_new_tokens", rule, max_new_tokens)
         require(
