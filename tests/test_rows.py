@@ -1,6 +1,6 @@
-"""Where the founding document's printed code does not do what its text says: one test for each row of that list.
+"""Where the founding document's printed code does not do what its text says: one numbered row for each such place.
 
-The rows' numbers are those of the list in `docs/`; each test shows through the public names what the text promises.
+Each test shows through the public names what the text promises.
 """
 
 import math
