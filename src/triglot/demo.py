@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from triglot.checkpoint import load_model
 from triglot.config import load_recipe, shipped_recipes
@@ -70,6 +71,7 @@ def run(
         f'  triglot explain {first} --text "seventy-one thousand and six"',
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     judge(outcomes[0], enough)
     return outcomes
@@ -120,7 +122,7 @@ def translate(folder: Path, engine: Engine, console: Console) -> dict[str, float
 def write(folder: Path, engine: Engine, console: Console) -> dict[str, float]:
     """Loss on the files held out, and what follows a few prompts."""
     for prompt, new in zip(PROMPTS, engine.generate(PROMPTS, temperature=0.7, top_k=50), strict=True):
-        console.print(f"  {prompt}[{new.text.rstrip()}]".replace("\n", "\n  "), markup=False, highlight=False)
+        console.print(Text.assemble((prompt, "bold"), new.text.rstrip(), "\n"))
     explain(folder, READ, out=folder / "explain.html")
     scores = evaluate(folder)
     console.print(f"held-out files: {scores['loss']:.3f} nats per token, {scores['bits_per_byte']:.3f} bits per byte")
