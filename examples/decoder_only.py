@@ -20,7 +20,7 @@ def show_forward(model: DecoderLLM) -> None:
     out = model(inputs, targets)
     print(f"Logits shape: {list(out.logits.shape)}")
     print(f"Loss: {out.loss.item():.3f} nats a token; guessing blindly costs ln {VOCAB} = {math.log(VOCAB):.3f}")
-    attention = model.run(inputs, need_weights=True).attention
+    attention = model.run(inputs, need_weights=True).self_weights
     future = sum(weights.triu(1).sum().item() for weights in attention)
     print(f"Attention: {len(attention)} layers of {list(attention[0].shape)}, weight on the future {future:g}")
     causal = model.create_causal_mask(5)

@@ -80,7 +80,8 @@ def fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=VARIANTS)
 def options(request: pytest.FixtureRequest) -> Any:
     """The BlockOptions of each variant in turn."""
-    from triglot.config import BlockOptions, from_dict
+    from triglot.config import BlockOptions
+    from triglot.recipe import from_dict
 
     return from_dict(BlockOptions, VARIANTS[request.param])
 

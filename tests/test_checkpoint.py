@@ -146,10 +146,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", [3, 4])
-@pytest.mark.parametrize("victim", ["_write", "_save_tensors", "_sha256", "_sync_folder", "_rename"])
+@pytest.mark.parametrize("victim", ["write_json", "_save_tensors", "_sha256", "sync", "_rename"])
 def test_killed_at_any_moment_of_writing_a_checkpoint_is_readable(run, config, monkeypatch, victim, step):
     original, calls = getattr(checkpoint, victim), []
-    last_call = {"_write": 3, "_save_tensors": 3, "_sha256": 6, "_sync_folder": 1, "_rename": 1}[victim]
+    last_call = {"write_json": 3, "_save_tensors": 3, "_sha256": 6, "sync": 2, "_rename": 1}[victim]
 
     def die(*arguments):
         calls.append(arguments)

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import triglot
-from triglot.config import from_dict, to_dict
+from triglot.recipe import from_dict, to_dict
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 COMMON = """
@@ -74,6 +74,15 @@ def folder(tmp_path_factory) -> Path:
     for name in ("writer", "translator"):
         succeed("train", folder / f"{name}.toml", "--out", folder / name, "--device", "cpu")
     return folder
+
+
+def test_a_reader_who_has_had_enough_is_no_error(folder):
+    """`triglot translate RUN FILE | head -1`: more lines than a pipe holds, and nobody to read them."""
+    lines = folder / "many.txt"
+    lines.write_text("\n" * 300_000, encoding="utf-8")
+    command = f'"{sys.executable}" -m triglot translate "{folder / "translator"}" "{lines}" --target up | head -1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 # Without a run

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from triglot.checkpoint import load_model
-from triglot.config import load_recipe, shipped_recipes
 from triglot.demo import ENOUGH, RECIPES, judge, run
 from triglot.errors import ConfigError, TriglotError
 from triglot.evaluation import evaluate
 from triglot.generation.engine import load
 from triglot.layers.moe import MixtureOfExperts
+from triglot.recipe import load_recipe, shipped_recipes
 
 SMALL = (
     "train.max_steps=3",

@@ -127,6 +127,9 @@ def test_experts_of_which_one_is_missing_are_refused(document):
     without = {name: tensor for name, tensor in state.items() if not name.startswith("experts.3.")}
     with pytest.raises(CheckpointError):
         load_document_weights(MixtureOfExperts(22, 5, 17), without)
+    unequal = state | {"experts.3.0.weight": torch.zeros(18, 22)}
+    with pytest.raises(CheckpointError):
+        load_document_weights(MixtureOfExperts(22, 5, 17), unequal)
 
 
 def test_a_swapped_norm_would_be_seen(their_transformer, pairs):

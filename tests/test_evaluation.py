@@ -9,7 +9,7 @@ import sacrebleu
 import torch
 
 from triglot.checkpoint import Progress, load_model, save_checkpoint, step_name
-from triglot.config import RunConfig, from_dict
+from triglot.config import RunConfig
 from triglot.data.corpus import Example
 from triglot.data.prepare import prepare
 from triglot.errors import ConfigError
@@ -22,6 +22,7 @@ from triglot.evaluation import (
     translation_scores,
 )
 from triglot.models.factory import build_model
+from triglot.recipe import from_dict
 from triglot.tokenizer import Tokenizer, Tokenizers
 
 CPU = torch.device("cpu")

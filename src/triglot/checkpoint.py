@@ -15,7 +15,6 @@ highest number, and its state.json names the best.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triglot.config import RunConfig, from_dict, to_dict
+from triglot.config import RunConfig
 from triglot.errors import CheckpointError, ConfigError, require
+from triglot.files import sync, write_text
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.models.factory import build_model
+from triglot.recipe import from_dict, to_dict
 from triglot.tokenizer import Tokenizers
 
 AVERAGE = "average"
@@ -110,12 +111,11 @@ def save_checkpoint(
         if optimizer is not None:
             _save_tensors(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
             _save_tensors(random_state(), partial / "rng.safetensors")
-        _write(partial / "config.json", _json(to_dict(config)))
-        _write(partial / "state.json", _json(dataclasses.asdict(progress) | {"torch": torch.__version__}))
+        write_json(partial / "config.json", to_dict(config))
+        write_json(partial / "state.json", dataclasses.asdict(progress) | {"torch": torch.__version__})
         beside = [f"../../{file}" for file in TOKENIZER_FILES if (run / file).exists()]
         files = [*sorted(path.name for path in partial.iterdir()), *beside]
-        _write(partial / "manifest.json", _json({file: _sha256(partial / file) for file in files}))
-        _sync_folder(partial)
+        write_json(partial / "manifest.json", {file: _sha256(partial / file) for file in files})
         _rename(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +129,7 @@ def _rename(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -147,38 +147,14 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file of text so that it is at any moment the old one or the new one."""
-    partial = path.with_name(f".{path.name}.writing")
-    _write(partial, text)
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values that people read."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable without
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync(path)
 
 
 # Reading

@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it is called, so that `triglot --help` loads no torch."""
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,12 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError as error:  # who reads our output has had enough: `triglot translate … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            raise typer.Exit(141) from error
         except TriglotError as error:
             typer.secho(" ".join(str(error).split()), fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
@@ -116,7 +122,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Train what a recipe describes."""
-    from triglot.config import load_recipe, to_dict
+    from triglot.recipe import load_recipe, to_dict
 
     path = find_recipe(recipe)
     config = load_recipe(path, tuple(settings or ()))
@@ -140,7 +146,7 @@ def find_recipe(recipe: str) -> Path:
     """The recipe's file: a path, or a name among the recipes shipped with the package or lying in the repository."""
     if Path(recipe).is_file():
         return Path(recipe)
-    from triglot.config import shipped_recipes
+    from triglot.recipe import shipped_recipes
 
     shipped = shipped_recipes()
     rule = f"a file, or one of {', '.join(sorted(shipped))}"

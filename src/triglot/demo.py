@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from triglot.checkpoint import load_model
-from triglot.config import load_recipe, shipped_recipes
 from triglot.data.phrases import examples
 from triglot.errors import ConfigError, TriglotError, require
 from triglot.evaluation import evaluate
@@ -20,6 +19,7 @@ from triglot.insight.curves import draw
 from triglot.insight.explain import explain
 from triglot.insight.progress import Bar
 from triglot.models.factory import count_active_parameters, count_parameters
+from triglot.recipe import load_recipe, shipped_recipes
 from triglot.training.session import train
 
 ENOUGH = 0.95

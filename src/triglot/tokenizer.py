@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from triglot.errors import CheckpointError, DataError, require
+from triglot.files import write_text
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # The library's threads do not survive a fork: a child that used them would wait for ever.
@@ -178,9 +179,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write one tokenizer.json of the `tokenizers` library, in which special tokens are marked as such."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, self._backend.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

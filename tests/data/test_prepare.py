@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from triglot.config import RunConfig, from_dict
+from triglot.config import RunConfig
 from triglot.data import phrases
 from triglot.data.batch import IGNORED
 from triglot.data.dataset import Crops, Packed, Windows
 from triglot.data.phrases import part_of
 from triglot.data.prepare import prepare
 from triglot.errors import CheckpointError, ConfigError, DataError
+from triglot.recipe import from_dict
 from triglot.tokenizer import Tokenizer, Tokenizers
 
 

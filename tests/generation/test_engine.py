@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 import triglot
 from triglot import checkpoint
-from triglot.config import RunConfig, from_dict
+from triglot.config import RunConfig
 from triglot.errors import ConfigError, DataError
 from triglot.generation import engine as engine_module
 from triglot.generation.engine import Engine
 from triglot.models.factory import build_model
+from triglot.recipe import from_dict
 from triglot.tokenizer import Tokenizer, Tokenizers
 
 WINDOW = 37

@@ -146,7 +146,7 @@ def test_a_text_page_has_the_models_own_numbers(pages, text_run):
     run = model.run(torch.tensor([ids]), need_weights=True)
     stored = reader.map("Self-attention")
     assert stored["rows"] == stored["columns"] == tokenizers.target.pieces(ids)
-    assert_attention(stored, run.attention)
+    assert_attention(stored, run.self_weights)
     mask = reader.map("Look-ahead mask")
     assert torch.equal(
         torch.tensor(mask["layers"][0][0]).view(len(ids), -1), torch.ones(len(ids), len(ids)).tril().int()
@@ -292,14 +292,14 @@ def test_forty_tokens_of_four_layers_and_heads_stay_below_a_megabyte(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "text", "given", "error", "message"),
     [
-        ("text", "", {}, DataError, "`text` must be 1 to 97 tokens long"),
-        ("text", "\u20ac" * 40, {}, DataError, "`text` must be 1 to 97 tokens long"),
+        ("text", "", {}, DataError, "`text` must be no empty one"),
+        ("text", "\u20ac" * 40, {}, DataError, "`text` must be at most 97 tokens long"),
         ("text", "one", {"target": "eins"}, ConfigError, "`target` must be left out"),
         ("text", "one", {"tag": "de"}, ConfigError, "`tag` must be left out"),
         ("pair", " ", {}, DataError, "`text` must be no empty one"),
         ("pair", "one", {"tag": "de"}, DataError, "tag"),
-        ("pair", "one", {"target": "\u20ac" * 40}, DataError, "`target` must be 0 to 97 tokens long"),
-        ("pair", "\u20ac" * 40, {"target": "eins"}, DataError, "`text` must be 0 to 97 tokens long"),
+        ("pair", "one", {"target": "\u20ac" * 40}, DataError, "`target` must be at most 97 tokens long"),
+        ("pair", "\u20ac" * 40, {"target": "eins"}, DataError, "`text` must be at most 97 tokens long"),
     ],
 )
 def test_refuses_what_the_model_can_not_read_and_writes_nothing(

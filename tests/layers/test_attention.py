@@ -232,6 +232,20 @@ def test_refuses_a_width_its_heads_cannot_share():
         MultiHeadAttention(33, 3, num_kv_heads=2)
 
 
+@pytest.mark.parametrize("num_heads", [0, -3])
+def test_refuses_no_heads(num_heads):
+    with pytest.raises(ValueError, match="`num_heads` must be at least 1"):
+        MultiHeadAttention(32, num_heads)
+    with pytest.raises(ValueError, match="`num_kv_heads` must be a divisor"):
+        MultiHeadAttention(32, 4, num_kv_heads=num_heads)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_refuses_a_dropout_that_is_no_rate(dropout):
+    with pytest.raises(ValueError, match="`dropout` must be at least 0 and below 1"):
+        MultiHeadAttention(32, 4, dropout)
+
+
 def test_weights_with_rotation_depend_on_distances_only(inputs):
     layer, rotary = MultiHeadAttention(HEADS * 10, HEADS).eval(), RotaryPositions(10, 100)
     x = torch.randn(BATCH, KEYS, HEADS * 10)

@@ -162,9 +162,9 @@ def test_run_tells_what_layers_know_only_when_asked(ids, check_fields):
     model = DecoderLLM(*SHAPE, options=BlockOptions(experts=ExpertOptions(num_experts=5, every=2))).eval()
     asked, not_asked = model.run(ids, need_weights=True), model.run(ids)
     check_fields(asked)
-    assert [weights.shape for weights in asked.attention] == [(BATCH, HEADS, LENGTH, LENGTH)] * LAYERS
-    assert all(not weights.triu(1).any() for weights in asked.attention)
-    assert not_asked.attention is None
+    assert [weights.shape for weights in asked.self_weights] == [(BATCH, HEADS, LENGTH, LENGTH)] * LAYERS
+    assert all(not weights.triu(1).any() for weights in asked.self_weights)
+    assert not_asked.self_weights is None
     assert len(asked.routing) == 1
     torch.testing.assert_close(asked.hidden, not_asked.hidden, **MODEL)
     torch.testing.assert_close(model.head(asked.hidden), model(ids).logits, **MODEL)
@@ -176,7 +176,7 @@ def test_documents_side_by_side_are_as_documents_alone_but_for_their_place(ids):
     packed = model.head(model.run(ids, segments=segments).hidden)
     torch.testing.assert_close(packed[:, :3], model(ids[:, :3]).logits, **MODEL)
     torch.testing.assert_close(packed[:, 3:], model(ids[:, 3:]).logits, **MODEL)
-    weights = model.run(ids, segments=segments, need_weights=True).attention
+    weights = model.run(ids, segments=segments, need_weights=True).self_weights
     assert not any(layer[~create_document_mask(segments).expand_as(layer)].any() for layer in weights)
 
 
@@ -237,7 +237,7 @@ def test_refuses_a_mask_that_is_not_bool(ids, dtype, without_shape_checks):
 
 
 def test_refuses_segments_beside_what_they_would_override(ids):
-    with pytest.raises(ValueError, match="`segments` must be given without mask and cache"):
+    with pytest.raises(ValueError, match="`mask, segments or cache` must be given alone"):
         DecoderLLM(*SHAPE).run(ids, segments=torch.ones_like(ids), mask=torch.ones_like(ids, dtype=torch.bool))
 
 

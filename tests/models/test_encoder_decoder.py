@@ -8,7 +8,7 @@ from torch import nn
 
 from triglot.config import BlockOptions, ModelConfig
 from triglot.layers.masks import create_look_ahead_mask, create_masks
-from triglot.models.encoder_decoder import Transformer
+from triglot.models.encoder_decoder import Encoder, Transformer
 
 SRC_VOCAB, TGT_VOCAB, D_MODEL, LAYERS, HEADS, D_FF, MAX_LEN = 23, 29, 33, 2, 3, 17, 53
 BATCH, SOURCE, TARGET = 2, 7, 5
@@ -203,3 +203,9 @@ def test_beams_may_share_a_sources_mask(pairs, shared):
         src[rows], tgt, mask if shared else mask[rows], create_look_ahead_mask(2), mask if shared else mask[rows]
     )
     torch.testing.assert_close(logits, whole.logits[:, -1], atol=1e-5, rtol=0)
+
+
+def test_refuses_to_be_of_no_layers():
+    for build in (lambda: Transformer(11, 13, D_MODEL, 0, HEADS), lambda: Encoder(11, D_MODEL, 0, HEADS, D_FF, 17)):
+        with pytest.raises(ValueError, match="`the number of layers` must be at least 1, but is 0 instead"):
+            build()

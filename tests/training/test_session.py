@@ -16,9 +16,10 @@ import torch
 
 from triglot import checkpoint
 from triglot.checkpoint import find_checkpoint, load_model, read_progress, read_weights, step_checkpoints
-from triglot.config import RunConfig, from_dict, load_config, to_dict
+from triglot.config import RunConfig
 from triglot.errors import CheckpointError, ConfigError, DataError
 from triglot.objective import ExpertStats
+from triglot.recipe import from_dict, load_config, to_dict
 from triglot.training.metrics import Silent, describe_experts, read_metrics
 from triglot.training.session import CHOSEN, MAY_CHANGE, Session, flat, merge, train
 
@@ -350,7 +351,7 @@ def test_training_learns_the_text(tmp_path, data):
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from triglot.config import load_config
+from triglot.recipe import load_config
 from triglot.training.session import train
 sys.exit(train(load_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=sys.argv[3] == "resume").exit_code)
 """

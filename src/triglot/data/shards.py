@@ -1,9 +1,7 @@
 """Token streams on disk, read through memory maps, with a manifest that tells if they are still those of their text."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from triglot.data.corpus import BLOCK, Piece
 from triglot.errors import DataError
+from triglot.files import replacing, write_text
 from triglot.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -59,27 +58,16 @@ def read_manifest(folder: Path, made_from: Mapping[str, str]) -> dict[str, Any] 
 def write_manifest(folder: Path, made_from: Mapping[str, str], values: Mapping[str, Any]) -> None:
     """Write down what the data was made from: the last step of a preparation."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _atomic(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({"made_from": dict(made_from), **values}, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps({"made_from": dict(made_from), **values}, indent=2) + "\n")
 
 
 def _damaged(folder: Path, error: Exception) -> DataError:
     return DataError(f"{folder}: the prepared data is damaged ({error}); remove the folder to prepare it anew.")
 
 
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(path: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> int:
     count = 0
-    with _atomic(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         for group in _groups(pieces):
             rows = tokenizer.encode_batch([piece.text for piece in group])
             framed = (

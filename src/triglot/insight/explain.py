@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from triglot.checkpoint import find_checkpoint, load_model, write_atomic
+from triglot.checkpoint import find_checkpoint, load_model
 from triglot.errors import ConfigError, DataError, require
+from triglot.files import write_text
 from triglot.generation.engine import Engine
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.layers.moe import MixtureOfExperts, Routing
@@ -42,7 +43,8 @@ def explain(
     if isinstance(model, DecoderLLM):
         require(target is None, "target", "left out for a language model", target, ConfigError)
         require(tag is None, "tag", "left out for a language model", tag, ConfigError)
-        page = about_text(model, tokenizers.target, text)
+        ids = Engine(model, config, tokenizers).prompt_ids([text])[0]
+        page = about_text(model, tokenizers.target, text, ids)
     else:
         if target is None:
             options = {"beam": config.generation.beam, "length_penalty": config.generation.length_penalty}
@@ -59,7 +61,7 @@ def explain(
     name = find_checkpoint(run, which).name
     page["facts"] += [["Model", f"{type(model).__name__}, {shape}"], ["Run", f"{run.resolve().name}, {name}"]]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, render(page))
+    write_text(out, render(page))
     return out
 
 
@@ -81,10 +83,10 @@ def render(page: Page) -> str:
 
 
 @torch.no_grad()
-def about_text(model: DecoderLLM, tokenizer: Tokenizer, text: str) -> Page:
-    """What a language model does with a text, read as `generate` reads a prompt: without a begin token."""
-    ids = tokenizer.encode(text)
-    _check_length("text", len(ids), model.max_len, least=1)
+def about_text(model: DecoderLLM, tokenizer: Tokenizer, text: str, ids: list[int]) -> Page:
+    """What a language model does with a text, of which it reads `ids`, as `generate` reads a prompt."""
+    require(bool(text), "text", "no empty one", text, DataError)
+    _check_length("text", len(ids), model.max_len)
     _check_size(model.layers, len(ids))
     run = model.run(torch.tensor([ids]), need_weights=True)
     probabilities = model.head(run.hidden)[0].float().softmax(-1)
@@ -99,7 +101,7 @@ def about_text(model: DecoderLLM, tokenizer: Tokenizer, text: str) -> Page:
         "maps": [
             _mask("Look-ahead mask", look_ahead, pieces, pieces, create_look_ahead_mask(len(ids))),
             _attention(
-                "Self-attention", "Each row is a token and shows what it reads.", pieces, pieces, run.attention, 0
+                "Self-attention", "Each row is a token and shows what it reads.", pieces, pieces, run.self_weights, 0
             ),
         ],
         "tokens": [first, *describe_tokens(tokenizer, probabilities[:-1], ids[1:])],
@@ -157,8 +159,8 @@ def _has_experts(layer: torch.nn.Module) -> bool:
     return isinstance(layer.feed_forward, MixtureOfExperts)
 
 
-def _check_length(name: str, length: int, limit: int, least: int = 0) -> None:
-    require(least <= length <= limit, name, f"{least} to {limit} tokens long", f"{length} tokens", DataError)
+def _check_length(name: str, length: int, limit: int) -> None:
+    require(length <= limit, name, f"at most {limit} tokens long", f"{length} tokens", DataError)
 
 
 def _check_size(layers: torch.nn.ModuleList, longest: int) -> None:

@@ -1,5 +1,6 @@
 """Training as it is seen in a terminal."""
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -7,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 
 from triglot import checkpoint
-from triglot.config import RunConfig
+from triglot.config import RunConfig, TrainConfig
 from triglot.training.metrics import Line
 
 
@@ -15,7 +16,7 @@ class Bar:
     """A reporter that shows a bar with loss, tokens per second and time left, and a line for each evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console, self.best = console or Console(), ""
+        self.console, self.best, self.config = console or Console(), "", TrainConfig()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,12 +32,19 @@ class Bar:
         for note in notes:
             self.console.print(note, style="dim", markup=False, highlight=False)
         self.bar.start()
+        self.config = config.train
         self.task = self.bar.add_task("training", total=config.train.max_steps, completed=progress.step)
 
     def step(self, line: Line) -> None:
         """Move the bar."""
         told = f"loss {line['loss']:.3f}{self.best}  {line['tokens_per_second']:,.0f} tokens/s"
-        self.bar.update(self.task, completed=line["step"], description=told)
+        self.bar.update(self.task, completed=line["step"], total=self.steps(line), description=told)
+
+    def steps(self, line: Line) -> int:
+        """After how many steps the first of the limits will be reached, by what has been reached so far."""
+        limits = [(self.config.max_epochs, line["epoch"]), (self.config.max_minutes, line["seconds"] / 60)]
+        expected = [math.ceil(line["step"] * limit / done) for limit, done in limits if limit is not None and done > 0]
+        return min(self.config.max_steps, *expected) if expected else self.config.max_steps
 
     def evaluated(self, line: Line, is_best: bool) -> None:
         """Print the scores."""

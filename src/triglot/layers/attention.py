@@ -58,9 +58,12 @@ class MultiHeadAttention(nn.Module):
         self, d_model: int, num_heads: int, dropout: float = 0.1, *, num_kv_heads: int | None = None, bias: bool = True
     ) -> None:
         super().__init__()
+        require(num_heads >= 1, "num_heads", "at least 1", num_heads)
+        require(0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
         require(d_model % num_heads == 0, "d_model", f"divisible by num_heads ({num_heads})", d_model)
-        num_kv_heads = num_kv_heads or num_heads
-        require(num_heads % num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads ({num_heads})", num_kv_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        shared = num_kv_heads >= 1 and num_heads % num_kv_heads == 0
+        require(shared, "num_kv_heads", f"a divisor of num_heads ({num_heads})", num_kv_heads)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
         self.query = nn.Linear(d_model, d_model, bias=bias)
         self.key = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)

@@ -1,25 +1,22 @@
 """The decoder-only language model (Radford et al. 2018; with the right options, Touvron et al. 2023)."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from triglot.blocks import BlockOutput, DecoderBlock, options_of_layer
+from triglot.blocks import DecoderBlock
 from triglot.config import BlockOptions, ModelConfig
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
 from triglot.errors import require
 from triglot.layers.cache import Cache
-from triglot.layers.embedding import Embedding
 from triglot.layers.initialise import normal
 from triglot.layers.masks import check_real, create_document_mask, create_look_ahead_mask
-from triglot.layers.moe import Routing
-from triglot.layers.norm import make_norm
 from triglot.losses import expert_losses, token_cross_entropy
-
-Tokens = Int[Tensor, "batch length"]
+from triglot.models.stack import Stack, StackRun, Tokens
 
 
 class DecoderLLMOutput(NamedTuple):
@@ -29,20 +26,14 @@ class DecoderLLMOutput(NamedTuple):
     loss: Float[Tensor, ""] | None
 
 
-class DecoderOnlyRun(NamedTuple):
-    """What the model knows before it projects to the vocabulary."""
-
-    hidden: Float[Tensor, "batch length d_model"]
-    attention: list[Tensor] | None
-    """One [batch, heads, length, keys] per layer."""
-    routing: list[Routing]
-
-
-class DecoderLLM(nn.Module):
+class DecoderLLM(Stack):
     """Blocks under a look-ahead mask, and a projection to the vocabulary; all weights begin as N(0, 0.02²).
 
     There is no padding id: 0 is a token. Padding is told by `mask`, and targets of −100 are not scored.
     """
+
+    layer_type = DecoderBlock
+    length_name = "max_len"
 
     def __init__(
         self,
@@ -56,26 +47,11 @@ class DecoderLLM(nn.Module):
         dropout: float = 0.1,
         options: BlockOptions = BlockOptions(),
     ) -> None:
-        super().__init__()
-        self.vocab_size, self.d_model, self.max_len = vocab_size, d_model, max_len
-        self.num_kv_heads, self.head_dim = options.num_kv_heads or n_heads, d_model // n_heads
-        self.options = options.with_dropout(attention=0.0, embedding=0.0)
-        self.embedding = Embedding(
-            vocab_size,
-            d_model,
-            max_len,
-            self.options.embedding_dropout or 0.0,
-            positions=options.positions,
-            head_dim=self.head_dim,
-            rope_theta=options.rope_theta,
-            scale=options.scale_embeddings,
-        )
-        self.layers = nn.ModuleList(
-            DecoderBlock(d_model, n_heads, d_ff, dropout=dropout, options=options_of_layer(self.options, layer))
-            for layer in range(n_layers)
-        )
-        final = options.final_norm is not False
-        self.final_norm = make_norm(options.norm, d_model, options.norm_eps) if final else nn.Identity()
+        options = options.with_dropout(attention=0.0, embedding=0.0)
+        if options.final_norm is None:
+            options = replace(options, final_norm=True)
+        super().__init__(vocab_size, d_model, n_layers, n_heads, d_ff, max_len, dropout, options=options)
+        self.vocab_size, self.max_len = vocab_size, max_len
         self.lm_head = nn.Linear(d_model, vocab_size, bias=bool(options.output_bias))
         normal(self, std=0.02)
         if options.tie_embeddings:
@@ -128,38 +104,19 @@ class DecoderLLM(nn.Module):
         segments: Int[Tensor, "batch length"] | None = None,
         cache: Cache | None = None,
         need_weights: bool = False,
-    ) -> DecoderOnlyRun:
+    ) -> StackRun:
         """All but the projection to the vocabulary, and all that the layers know.
 
         `mask` is True for real tokens, `segments` tells the documents of packed rows apart; with a `cache` the tokens
         come after those it holds, and the caller advances it.
         """
-        length = input_ids.size(1)
-        end = length if cache is None else cache.longest + length
-        require(end <= self.max_len, "length", f"at most max_len ({self.max_len})", end)
-        alone = segments is None or (mask is None and cache is None)
-        require(alone, "segments", "given without mask and cache", "given beside one of them")
-        attend, real = self._may_attend(length, mask, segments, cache), mask
+        given = [part for part in (mask, segments, cache) if part is not None]
+        require(len(given) <= 1, "mask, segments or cache", "given alone", f"{len(given)} of them")
+        attend, real = self._may_attend(input_ids.size(1), mask, segments, cache), mask
         if segments is not None:
             real = segments != 0
-        x, rotation = self.embedding(input_ids, None if cache is None else cache.positions(length))
-        outputs: list[BlockOutput] = []
-        for number, layer in enumerate(self.layers):
-            outputs.append(
-                layer.run(  # type: ignore[operator]
-                    x if not outputs else outputs[-1].x,
-                    attend,
-                    causal=attend is None,
-                    real=real,
-                    rotation=rotation,
-                    cache=None if cache is None else cache.layers[number],
-                    need_weights=need_weights,
-                )
-            )
-        return DecoderOnlyRun(
-            self.final_norm(outputs[-1].x),
-            [out.self_weights for out in outputs if out.self_weights is not None] if need_weights else None,
-            [out.routing for out in outputs if out.routing is not None],
+        return self.run_layers(
+            input_ids, attend, causal=attend is None, real=real, cache=cache, need_weights=need_weights
         )
 
     def _may_attend(
@@ -187,15 +144,7 @@ class DecoderLLM(nn.Module):
         self, input_ids: Tokens, lengths: Int[Tensor, " batch"], max_new_tokens: int
     ) -> tuple[Float[Tensor, "batch vocab"], "DecoderOnlySteps"]:
         """Read right-padded prompts; logits after each prompt's last token, and what goes on from there."""
-        cache = Cache(
-            len(self.layers),
-            input_ids.size(0),
-            self.num_kv_heads,
-            input_ids.size(1) + max_new_tokens,
-            self.head_dim,
-            dtype=self.lm_head.weight.dtype,
-            device=input_ids.device,
-        )
+        cache = self.start_cache(input_ids.size(0), input_ids.size(1) + max_new_tokens)
         hidden = self.run(input_ids, cache=cache).hidden
         cache.advance(input_ids.size(1), lengths)
         last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]

@@ -45,9 +45,9 @@ def load_document_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) ->
             stacks.setdefault(stack, {})[int(expert[1])] = tensor
         elif not name.endswith("pos_encoding.pe"):
             ours[translate_name(name)] = tensor
-    for stack, experts in stacks.items():
-        ours[stack] = torch.stack([experts[number] for number in sorted(experts)])
     try:
+        for stack, experts in stacks.items():
+            ours[stack] = torch.stack([experts[number] for number in sorted(experts)])
         model.load_state_dict(ours)
     except RuntimeError as error:
         raise CheckpointError(f"These are no weights of the document's {type(model).__name__}: {error}") from error

@@ -2,22 +2,17 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from triglot.blocks import BlockOutput, DecoderLayer, EncoderLayer, options_of_layer
+from triglot.blocks import DecoderLayer, EncoderLayer
 from triglot.config import BlockOptions, ModelConfig
 from triglot.errors import require
 from triglot.layers.cache import Cache
-from triglot.layers.embedding import Embedding
 from triglot.layers.initialise import xavier
 from triglot.layers.masks import real_tokens
 from triglot.layers.moe import Routing
-from triglot.layers.norm import make_norm
-
-Tokens = Int[Tensor, "batch length"]
-Memory = Float[Tensor, "batch memory d_model"]
-Mask = Bool[Tensor, "..."]
+from triglot.models.stack import Mask, Memory, Stack, StackRun, Tokens
 
 
 class EncoderOutput(NamedTuple):
@@ -47,15 +42,6 @@ class TransformerOutput(NamedTuple):
     dec_enc_attention: list[Tensor] | None
 
 
-class StackRun(NamedTuple):
-    """What an encoder or a decoder knows after a forward pass."""
-
-    x: Float[Tensor, "batch length d_model"]
-    self_weights: list[Tensor] | None
-    cross_weights: list[Tensor] | None
-    routing: list[Routing]
-
-
 class EncoderDecoderRun(NamedTuple):
     """What the model knows before it projects to the vocabulary; `routing`: encoder's layers, then decoder's."""
 
@@ -66,92 +52,22 @@ class EncoderDecoderRun(NamedTuple):
     routing: list[Routing]
 
 
-class _Stack(nn.Module):
-    """What `Encoder` and `Decoder` have in common: an embedding, layers, and a norm after the last of them."""
-
-    layer_type: type[EncoderLayer] | type[DecoderLayer]
-
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        num_layers: int,
-        num_heads: int,
-        d_ff: int,
-        max_seq_length: int,
-        dropout: float = 0.1,
-        *,
-        options: BlockOptions = BlockOptions(),
-    ) -> None:
-        super().__init__()
-        self.max_seq_length = max_seq_length
-        self.num_kv_heads, self.head_dim = options.num_kv_heads or num_heads, d_model // num_heads
-        self.embedding = Embedding(
-            vocab_size,
-            d_model,
-            max_seq_length,
-            dropout if options.embedding_dropout is None else options.embedding_dropout,
-            positions=options.positions,
-            head_dim=self.head_dim,
-            rope_theta=options.rope_theta,
-            scale=options.scale_embeddings,
-        )
-        self.layers = nn.ModuleList(
-            self.layer_type(d_model, num_heads, d_ff, dropout, options=options_of_layer(options, layer))
-            for layer in range(num_layers)
-        )
-        final = options.norm_order == "pre" if options.final_norm is None else options.final_norm
-        self.final_norm = make_norm(options.norm, d_model, options.norm_eps) if final else nn.Identity()
-
-    def run(
-        self,
-        tokens: Tokens,
-        mask: Mask | None = None,
-        *,
-        memory: Memory | None = None,
-        memory_mask: Mask | None = None,
-        cache: Cache | None = None,
-        need_weights: bool = False,
-    ) -> StackRun:
-        batch, length = tokens.shape
-        end = length if cache is None else cache.longest + length
-        require(end <= self.max_seq_length, "length", f"at most max_seq_length ({self.max_seq_length})", end)
-        x, rotation = self.embedding(tokens, None if cache is None else cache.positions(length))
-        real = real_tokens(mask, batch, length) if cache is None else None
-        outputs: list[BlockOutput] = []
-        for number, layer in enumerate(self.layers):
-            outputs.append(
-                layer.run(  # type: ignore[operator]
-                    x if not outputs else outputs[-1].x,
-                    mask,
-                    memory=memory,
-                    memory_mask=memory_mask,
-                    real=real,
-                    rotation=rotation,
-                    cache=None if cache is None else cache.layers[number],
-                    memory_cache=None if cache is None else cache.memory[number],
-                    need_weights=need_weights,
-                )
-            )
-        return StackRun(
-            self.final_norm(outputs[-1].x),
-            [out.self_weights for out in outputs if out.self_weights is not None] if need_weights else None,
-            [out.cross_weights for out in outputs if out.cross_weights is not None] if need_weights else None,
-            [out.routing for out in outputs if out.routing is not None],
-        )
-
-
-class Encoder(_Stack):
+class Encoder(Stack):
     """Token ids to vectors that know their context."""
 
     layer_type = EncoderLayer
 
     def forward(self, tokens: Tokens, mask: Mask | None = None, *, need_weights: bool = True) -> EncoderOutput:
         out = self.run(tokens, mask, need_weights=need_weights)
-        return EncoderOutput(out.x, out.self_weights)
+        return EncoderOutput(out.hidden, out.self_weights)
+
+    def run(self, tokens: Tokens, mask: Mask | None = None, *, need_weights: bool = False) -> StackRun:
+        """`forward`, with all that the layers know."""
+        real = real_tokens(mask, *tokens.shape)
+        return self.run_layers(tokens, mask, real=real, need_weights=need_weights)
 
 
-class Decoder(_Stack):
+class Decoder(Stack):
     """Token ids to vectors that know their context and the encoder's output."""
 
     layer_type = DecoderLayer
@@ -165,8 +81,23 @@ class Decoder(_Stack):
         *,
         need_weights: bool = True,
     ) -> DecoderOutput:
-        out = self.run(tokens, look_ahead_mask, memory=enc_output, memory_mask=padding_mask, need_weights=need_weights)
-        return DecoderOutput(out.x, out.self_weights, out.cross_weights)
+        out = self.run(tokens, enc_output, look_ahead_mask, padding_mask, need_weights=need_weights)
+        return DecoderOutput(out.hidden, out.self_weights, out.cross_weights)
+
+    def run(
+        self,
+        tokens: Tokens,
+        memory: Memory,
+        mask: Mask | None = None,
+        memory_mask: Mask | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> StackRun:
+        """`forward`, with all that the layers know."""
+        real = real_tokens(mask, *tokens.shape)
+        return self.run_layers(
+            tokens, mask, real=real, memory=memory, memory_mask=memory_mask, need_weights=need_weights
+        )
 
 
 class Transformer(nn.Module):
@@ -261,11 +192,9 @@ class Transformer(nn.Module):
     ) -> EncoderDecoderRun:
         """All but the projection to the vocabulary, and all that the layers know."""
         encoded = self.encoder.run(src, src_mask, need_weights=need_weights)
-        decoded = self.decoder.run(
-            tgt, tgt_mask, memory=encoded.x, memory_mask=tgt_padding_mask, need_weights=need_weights
-        )
+        decoded = self.decoder.run(tgt, encoded.hidden, tgt_mask, tgt_padding_mask, need_weights=need_weights)
         return EncoderDecoderRun(
-            decoded.x,
+            decoded.hidden,
             encoded.self_weights,
             decoded.self_weights,
             decoded.cross_weights,
@@ -282,20 +211,10 @@ class Transformer(nn.Module):
         """Encode `src` and make ready to decode up to `max_new_tokens` tokens per row, the first of them after BOS."""
         rule = f"at most max_seq_length ({self.max_seq_length})"
         require(max_new_tokens <= self.max_seq_length, "max_new_tokens", rule, max_new_tokens)
-        memory = self.encoder.run(src, src_mask).x
+        memory = self.encoder.run(src, src_mask).hidden
         if src_mask is not None:  # a row for every row of the batch, which `select` can take
             src_mask = src_mask[(None,) * (4 - src_mask.dim())].expand(src.size(0), -1, -1, -1)
-        cache = Cache(
-            len(self.decoder.layers),
-            src.size(0),
-            self.decoder.num_kv_heads,
-            max_new_tokens,
-            self.decoder.head_dim,
-            dtype=memory.dtype,
-            device=memory.device,
-            memory=True,
-        )
-        return EncoderDecoderSteps(self, cache, memory, src_mask)
+        return EncoderDecoderSteps(self, self.decoder.start_cache(src.size(0), max_new_tokens), memory, src_mask)
 
 
 class EncoderDecoderSteps:
@@ -306,15 +225,12 @@ class EncoderDecoderSteps:
 
     def step(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
         """Feed one token per row; logits of the next."""
-        out = self.model.decoder.run(
-            tokens[:, None],
-            self.cache.mask(1),
-            memory=self.memory,
-            memory_mask=self.memory_mask,
-            cache=self.cache,
+        cache = self.cache
+        out = self.model.decoder.run_layers(
+            tokens[:, None], cache.mask(1), memory=self.memory, memory_mask=self.memory_mask, cache=cache
         )
-        self.cache.advance(1)
-        return self.model.head(out.x[:, 0])
+        cache.advance(1)
+        return self.model.head(out.hidden[:, 0])
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order; a row may be taken more than once."""

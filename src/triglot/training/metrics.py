@@ -1,7 +1,6 @@
 """What training tells: lines of JSON in the run's folder, and a reporter that shows them while it runs."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -9,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from triglot.checkpoint import Progress, write_atomic
+from triglot.checkpoint import Progress
 from triglot.config import RunConfig
 from triglot.errors import CheckpointError
+from triglot.files import sync, write_text
 from triglot.objective import ExpertStats
 
 Line = Mapping[str, Any]
@@ -65,14 +65,13 @@ class MetricsLog:
     def sync(self) -> None:
         """Have what is written on disk before a checkpoint says that it is."""
         if self.path.exists():
-            with self.path.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
     def cut(self, progress: Progress) -> None:
         """Remove what was written after the checkpoint that `progress` is of, so that going on writes it once."""
         if self.path.exists():
             lines = [line for line in read_metrics(self.path) if _is_before(line, progress)]
-            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _is_before(line: Line, progress: Progress) -> bool:

@@ -16,11 +16,12 @@ import torch
 
 from triglot import checkpoint
 from triglot.checkpoint import Progress
-from triglot.config import RunConfig, load_config, to_dict
+from triglot.config import RunConfig
 from triglot.data.prepare import Prepared, prepare
 from triglot.errors import CheckpointError, ConfigError, require
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
+from triglot.recipe import load_config, to_dict
 from triglot.tokenizer import Tokenizers
 from triglot.training.metrics import MetricsLog, Reporter, Silent
 from triglot.training.optim import make_optimizer
@@ -101,7 +102,7 @@ class Session:
     def __init__(self, config: RunConfig, run: Path, device: torch.device) -> None:
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.device = run, device
-        write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
+        checkpoint.write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
         self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
         initial = None
         if config.init.from_ is not None and self.last is None:
@@ -121,10 +122,10 @@ class Session:
             batch = next(iter(self.prepared.train.epoch(0)))
             config = replace_in(config, "train", precision=faster_precision(self.objective, batch, device))
         self.config = config
-        write_json(run / "config.json", to_dict(config))
+        checkpoint.write_json(run / "config.json", to_dict(config))
         now = environment(config, device)
         self.changes = changes(run / "environment.json", now)
-        write_json(run / "environment.json", now)
+        checkpoint.write_json(run / "environment.json", now)
 
     def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
         """Train from the last checkpoint, or from the start, to the end."""
@@ -266,11 +267,6 @@ def changes(path: Path, now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} is {now[key]} and was {before.get(key)}: results may differ in their last bits" for key in differing
     ]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write values that people read."""
-    checkpoint.write_atomic(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

@@ -1,0 +1,138 @@
+"""How every figure is made: sides take turns in one process, medians are compared, and the machine is written down."""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAPTOP = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "CT2_FORCE_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""What a processor without AVX-512 and AMX has, for all sides."""
+
+Row = dict[str, Any]
+Work = Callable[[], int]
+"""Does some work and says how much it was."""
+
+
+def rates(sides: Mapping[str, Work], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Work per second of each side, measured in turns of about `seconds` each; the first turn only warms up."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, work in sides.items():
+            began, done = time.perf_counter(), 0
+            while (spent := time.perf_counter() - began) < (seconds if turn else seconds / 2):
+                done += work()
+            if turn:
+                found[name].append(done / spent)
+    return found
+
+
+def rows(of: str, found: Mapping[str, Sequence[float]], ours: str, unit: str) -> list[Row]:
+    """Ours beside each of the others: medians, their ratio, and how many runs each is the median of."""
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return [
+        {
+            "name": f"{of}: {ours} / {peer}",
+            "ours": medians[ours],
+            "peer": medians[peer],
+            "ratio": medians[ours] / medians[peer],
+            "unit": unit,
+            "runs": len(found[peer]),
+            "spread": [min(found[ours]) / medians[ours], max(found[ours]) / medians[ours]],
+        }
+        for peer in medians
+        if peer != ours
+    ]
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 1536, rounds: int = 20) -> float:
+    """Floating-point operations per second of a square matrix product; the best of some, since noise only slows."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def peak_memory() -> int:
+    """The most bytes that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    packages = ("torch", "transformers", "ctranslate2", "triglot")
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: installed(name) for name in packages},
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def installed(package: str) -> str | None:
+    """A package's version, None where it is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def in_own_process(module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
+    """What `python -m module arguments` prints last, as JSON; for what a process can be asked only once."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="fewer and shorter rounds: shows that it runs")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write rows and machine as JSON too")
+    return options
+
+
+def report(found: Sequence[Row], path: Path | None) -> None:
+    """Print the rows as a table in Markdown, and write them down."""
+    print("| | ours | peer | ratio |\n|---|---|---|---|")
+    for row in found:
+        peer, ratio = (f"{row[key]:,.2f}" if row[key] is not None else "" for key in ("peer", "ratio"))
+        print(f"| {row['name']} ({row['unit']}, {row['runs']} runs) | {row['ours']:,.2f} | {peer} | {ratio} |")
+    print(json.dumps(machine()))
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(), "rows": list(found)}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,379 @@
+"""Training steps beside peers: `python -m benchmarks.training [--quick] [--json FILE] [--nanogpt DIR]`.
+
+The same work on both sides: the same shapes, batches, dropout, AdamW (fused) and clipping; a step is forward, backward,
+clip and update. nanoGPT is given as a checkout (github.com/karpathy/nanoGPT); transformers is the installed package.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.measure import Row, Work
+from triglot.checkpoint import Progress
+from triglot.config import BlockOptions, DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
+from triglot.data.batch import IGNORED, Batch, LanguageBatch, PairBatch, num_targets
+from triglot.data.prepare import prepare
+from triglot.layers.masks import create_padding_mask
+from triglot.models.factory import build_model
+from triglot.objective import Objective
+from triglot.training.metrics import MetricsLog, Silent
+from triglot.training.optim import make_optimizer
+from triglot.training.trainer import Trainer
+
+LAYERS, WIDTH, HEADS, CONTEXT, VOCAB, ROWS = 6, 384, 6, 256, 256, 16
+PAIR = {"d_model": 128, "d_ff": 256, "num_layers": 4, "num_heads": 4, "max_seq_length": 128}
+PAIR_TOKENS, PAIR_VOCAB, DROPOUT, SMOOTHING = 4096, 10_000, 0.1, 0.1
+CPU = torch.device("cpu")
+
+
+def steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Any], Tensor],
+    batches: Sequence[Any],
+    precision: str,
+) -> Work:
+    """A peer's training steps, with the trainer's own optimizer and clipping."""
+    turns = cycle(batches)
+
+    def step() -> int:
+        batch = next(turns)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        return num_targets(batch)
+
+    return step
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of the peers."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch]) -> Work:
+    """Steps of `triglot train`, metrics and all."""
+    torch.manual_seed(1)
+    objective = Objective(build_model(config), train.label_smoothing)
+    folder = Path(tempfile.mkdtemp())
+    trainer = Trainer(
+        train,
+        objective,
+        make_optimizer(objective.model, train),
+        data=None,  # type: ignore[arg-type]
+        valid=None,  # type: ignore[arg-type]
+        progress=Progress(),
+        save=lambda progress: None,
+        evaluators=[],
+        log=MetricsLog(folder / "metrics.jsonl"),
+        reporter=Silent(),
+        device=CPU,
+    )
+    turns = cycle(batches)
+
+    def step() -> int:
+        batch = next(turns)
+        trainer.step([batch])
+        return num_targets(batch)
+
+    return step
+
+
+def cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches, over and over."""
+    while True:
+        yield from batches
+
+
+# Decoder-only, 6 × 384
+
+
+def text_batches() -> list[LanguageBatch]:
+    """A few batches of random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    windows = [torch.randint(1, VOCAB, (ROWS, CONTEXT + 1), generator=generator) for _ in range(4)]
+    return [LanguageBatch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None) for window in windows]
+
+
+def our_decoder(precision: str) -> Work:
+    """`DecoderLLM` as GPT-2 is built: pre-norm LayerNorm, learned positions, GELU, biases, tied embeddings."""
+    options = BlockOptions(
+        norm_order="pre", positions="learned", activation="gelu", tie_embeddings=True, scale_embeddings=False
+    )
+    config = ModelConfig(
+        kind="decoder_only",
+        d_model=WIDTH,
+        num_heads=HEADS,
+        num_layers=LAYERS,
+        d_ff=4 * WIDTH,
+        max_seq_length=CONTEXT,
+        vocab_size=VOCAB,
+        dropout=0.0,
+        options=options,
+    )
+    return our_steps(config, TrainConfig(precision=precision, context=CONTEXT), text_batches())  # type: ignore[arg-type]
+
+
+def nanogpt(checkout: Path, precision: str, *, fused_attention: bool, compiled: bool) -> Work:
+    """nanoGPT's model; its attention written out where `fused_attention` is off, as it is without SDPA."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    torch.manual_seed(1)
+    shape = {"block_size": CONTEXT, "vocab_size": VOCAB, "n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH}
+    model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=True))
+    if not fused_attention:
+        mask = torch.tril(torch.ones(CONTEXT, CONTEXT)).view(1, 1, CONTEXT, CONTEXT)
+        for block in model.transformer.h:
+            block.attn.flash = False
+            block.attn.register_buffer("bias", mask)
+    run = torch.compile(model) if compiled else model
+    return steps(model, adamw(model), lambda batch: run(batch.input_ids, batch.targets)[1], text_batches(), precision)
+
+
+def gpt2(precision: str) -> Work:
+    """transformers' GPT-2, its attention chosen by itself."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    model = transformers.GPT2LMHeadModel(config).train()
+
+    def loss_of(batch: LanguageBatch) -> Tensor:
+        logits = model(batch.input_ids).logits
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+
+    return steps(model, adamw(model), loss_of, text_batches(), precision)
+
+
+# Encoder–decoder, 4 + 4 × 128
+
+
+def pair_batches(data: Path, number: int = 24) -> list[PairBatch]:
+    """Batches of Multi30k English–German as training sees them, over the epoch."""
+    names = {"source": "train.en.gz", "target": "train.de.gz", "valid_source": "val.en.gz", "valid_target": "val.de.gz"}
+    config = RunConfig(
+        model=ModelConfig(kind="encoder_decoder", **PAIR),
+        data=DataConfig(kind="pairs", root=str(data / "multi30k"), **names),
+        tokenizer=TokenizerConfig(vocab_size=PAIR_VOCAB),
+        train=TrainConfig(batch_tokens=PAIR_TOKENS),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(config, Path(folder), None)
+        batches = list(prepared.train.epoch(0))
+    return batches[:: max(1, len(batches) // number)][:number]  # type: ignore[return-value]
+
+
+def our_translator(precision: str, batches: Sequence[PairBatch]) -> Work:
+    """`Transformer` as Marian is built: post-norm, sinusoids, ReLU, three-way tied embeddings."""
+    options = BlockOptions(tie_embeddings=True, attention_dropout=0.0, activation_dropout=0.0)
+    config = ModelConfig(
+        kind="encoder_decoder",
+        **PAIR,
+        vocab_size=PAIR_VOCAB,
+        src_vocab_size=PAIR_VOCAB,
+        dropout=DROPOUT,
+        options=options,
+    )
+    train = TrainConfig(precision=precision, label_smoothing=SMOOTHING, batch_tokens=PAIR_TOKENS)  # type: ignore[arg-type]
+    return our_steps(config, train, batches)
+
+
+def marian(precision: str, batches: Sequence[PairBatch]) -> Work:
+    """transformers' Marian, its attention chosen by itself."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.MarianConfig(
+        vocab_size=PAIR_VOCAB,
+        d_model=PAIR["d_model"],
+        encoder_layers=PAIR["num_layers"],
+        decoder_layers=PAIR["num_layers"],
+        encoder_attention_heads=PAIR["num_heads"],
+        decoder_attention_heads=PAIR["num_heads"],
+        encoder_ffn_dim=PAIR["d_ff"],
+        decoder_ffn_dim=PAIR["d_ff"],
+        max_position_embeddings=PAIR["max_seq_length"],
+        activation_function="relu",
+        scale_embedding=True,
+        dropout=DROPOUT,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+        use_cache=False,
+    )
+    model = transformers.MarianMTModel(config).train()
+
+    def loss_of(batch: PairBatch) -> Tensor:
+        logits = model(
+            input_ids=batch.src,
+            attention_mask=create_padding_mask(batch.src)[:, 0, 0].long(),
+            decoder_input_ids=batch.tgt_in,
+        ).logits
+        wanted = batch.tgt_out.flatten()
+        return F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, label_smoothing=SMOOTHING)
+
+    return steps(model, adamw(model), loss_of, batches, precision)
+
+
+# What is measured
+
+
+def decoder_sides(options: argparse.Namespace, precisions: Sequence[str]) -> dict[str, Callable[[], Work]]:
+    """Everyone who trains the decoder-only shape."""
+    sides: dict[str, Callable[[], Work]] = {}
+    for precision in precisions:
+        sides[f"triglot {precision}"] = lambda precision=precision: our_decoder(precision)
+        sides[f"transformers GPT-2 {precision}"] = lambda precision=precision: gpt2(precision)
+        if options.nanogpt is not None:
+            sides[f"nanoGPT {precision}, tuned"] = lambda precision=precision: nanogpt(
+                options.nanogpt, precision, fused_attention=False, compiled=True
+            )
+    if options.nanogpt is not None:
+        sides["nanoGPT as shipped"] = lambda: nanogpt(options.nanogpt, "fp32", fused_attention=True, compiled=False)
+    return sides
+
+
+def pair_sides(options: argparse.Namespace, precisions: Sequence[str]) -> dict[str, Callable[[], Work]]:
+    """Everyone who trains the encoder–decoder shape."""
+    batches = pair_batches(options.data)
+    sides: dict[str, Callable[[], Work]] = {}
+    for precision in precisions:
+        sides[f"triglot {precision}"] = lambda precision=precision: our_translator(precision, batches)
+    for precision in ("fp32", "bf16") if "bf16" in precisions else precisions:
+        sides[f"transformers Marian {precision}"] = lambda precision=precision: marian(precision, batches)
+    return sides
+
+
+SECTIONS = {"decoder": decoder_sides, "pairs": pair_sides}
+
+
+def section(options: argparse.Namespace) -> dict[str, Any]:
+    """One section in this process: rates of all sides in turns, and the machine's own matmul rate."""
+    precisions = ["fp32"] if options.laptop else ["bf16"]
+    works = {name: make() for name, make in SECTIONS[options.section](options, precisions).items()}
+    rounds, seconds = (1, 1.0) if options.quick else (5, 6.0)
+    dtype = torch.float32 if options.laptop else torch.bfloat16
+    before = measure.matmul_rate(dtype)
+    found = measure.rates(works, rounds, seconds)
+    return {"rates": found, "matmul": max(before, measure.matmul_rate(dtype))}
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """The most memory that one side's steps take beyond what the process held before."""
+    precisions = ["bf16"]
+    make = SECTIONS[options.section](options, precisions)[options.memory]
+    before = measure.peak_memory()
+    work = make()
+    for _ in range(6):
+        work()
+    return {"bytes": measure.peak_memory() - before}
+
+
+def flops_per_token() -> float:
+    """Of a training step of the decoder: three times the products of the forward pass, attention at half for causality."""
+    per_layer = 2 * 12 * WIDTH**2 + 2 * 2 * CONTEXT * WIDTH / 2
+    return 3 * (LAYERS * per_layer + 2 * VOCAB * WIDTH)
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT")
+    default = os.environ.get("TRIGLOT_DATA")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(default) if default else None,
+        metavar="DIR",
+        help="holds multi30k/ (default: TRIGLOT_DATA)",
+    )
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--laptop", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.section:
+        print(json.dumps(memory(options) if options.memory else section(options)))
+        return
+    measure.report(all_rows(options), options.json)
+
+
+def all_rows(options: argparse.Namespace) -> list[Row]:
+    """Every row of the table, each section in a process of its own."""
+    passed = [*(["--quick"] if options.quick else [])]
+    passed += ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
+    passed += ["--data", str(options.data)] if options.data else []
+    names = [name for name in SECTIONS if name != "pairs" or options.data is not None]
+    found: list[Row] = []
+    for name in names:
+        for laptop in (False, True):
+            arguments = ["--section", name, *passed, *(["--laptop"] if laptop else [])]
+            result = measure.in_own_process("benchmarks.training", arguments, measure.LAPTOP if laptop else None)
+            title = f"{name}{' as a laptop (AVX2)' if laptop else ''}"
+            ours = "triglot fp32" if laptop else "triglot bf16"
+            found += measure.rows(title, result["rates"], ours, "target tokens/s" if name == "pairs" else "tokens/s")
+            if name == "decoder":
+                found.append(share_of_rate(title, result, ours))
+        found += memory_rows(name, passed, options)
+    return found
+
+
+def share_of_rate(title: str, result: dict[str, Any], ours: str) -> Row:
+    """How much of the machine's matmul rate a training step comes to."""
+    import statistics
+
+    reached = statistics.median(result["rates"][ours]) * flops_per_token()
+    return {
+        "name": f"{title}: share of the matmul rate",
+        "ours": reached / 1e9,
+        "peer": result["matmul"] / 1e9,
+        "ratio": reached / result["matmul"],
+        "unit": "GFLOP/s",
+        "runs": len(result["rates"][ours]),
+    }
+
+
+def memory_rows(name: str, passed: list[str], options: argparse.Namespace) -> list[Row]:
+    """Peak memory of each side, each in a process of its own; the ratio is ours to the peer's, so less is better."""
+    arguments = argparse.Namespace(**{**vars(options), "section": name})
+    sides = list(SECTIONS[name](arguments, ["bf16"]))
+    most = {
+        side: measure.in_own_process("benchmarks.training", ["--section", name, "--memory", side, *passed])["bytes"]
+        / 2**20
+        for side in sides
+    }
+    return measure.rows(f"{name}, peak memory", {side: [value] for side, value in most.items()}, sides[0], "MiB")
+
+
+if __name__ == "__main__":
+    main()
