@@ -1,5 +1,6 @@
 """Losses are sums over what is scored, whatever the padding, and torch's formula of smoothing."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from triglot import losses
 from triglot.layers.moe import MixtureOfExperts
-from triglot.losses import IGNORED, expert_losses, token_cross_entropy
+from triglot.losses import IGNORED, expert_losses, projected_cross_entropy, token_cross_entropy
 
 BATCH, LENGTH, VOCAB = 2, 5, 11
 
@@ -104,3 +106,85 @@ def test_expert_losses_are_means_over_layers_in_units_that_depth_does_not_change
         assert getattr(losses, name).item() == pytest.approx(expected)
     torch.testing.assert_close(expert_losses(routing * 4), losses)
     assert expert_losses([]) == (0, 0)
+
+
+# Fused with the projection
+
+
+@pytest.fixture
+def projected():
+    torch.manual_seed(3)
+    hidden, targets = torch.randn(3, 7, 13), torch.randint(VOCAB, (3, 7))
+    targets[1, 3:] = IGNORED
+    targets[2] = IGNORED
+    return hidden, targets
+
+
+def both(hidden, targets, projection, smoothing):
+    """Ours and the plain one: losses, and gradients of everything for an upstream gradient that is not 1."""
+    results = []
+    for fused in (True, False):
+        x, layer = hidden.detach().requires_grad_(), copy.deepcopy(projection)
+        if fused:
+            loss = projected_cross_entropy(x, layer, targets, label_smoothing=smoothing)
+        else:
+            loss = token_cross_entropy(layer(x), targets, label_smoothing=smoothing)
+        (loss.total * 0.37).backward()
+        results.append([*loss, x.grad, *(weight.grad for weight in layer.parameters())])
+    return results
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 1 << 20])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_with_the_projection_it_is_the_same_gradients_included(projected, chunk, smoothing, bias, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", (chunk, chunk))
+    for ours, plain in zip(*both(*projected, nn.Linear(13, VOCAB, bias=bias), smoothing), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_fused_in_double_precision_it_is_the_same_to_the_last_digits(projected):
+    hidden, targets = projected
+    projection = nn.Linear(13, VOCAB).double()
+    ours, plain = both(hidden.double(), targets, projection, 0.1)
+    for one, other in zip(ours[3:], plain[3:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)  # the softmax is in fp32 on both sides
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+def test_fused_it_is_torchs_own(projected):
+    hidden, targets = projected
+    layer = nn.Linear(13, VOCAB, bias=False)
+    ours = projected_cross_entropy(hidden, layer, targets)
+    theirs = nn.functional.linear_cross_entropy(
+        hidden.flatten(0, 1), layer.weight, targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    torch.testing.assert_close(ours.total, theirs)
+
+
+def test_fused_under_autocast_it_is_near_full_precision(projected):
+    hidden, targets = projected
+    layer = nn.Linear(13, VOCAB)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = hidden.detach().requires_grad_()
+        loss = projected_cross_entropy(x, layer, targets, label_smoothing=0.1)
+    loss.total.backward()
+    y = hidden.detach().requires_grad_()
+    plain = token_cross_entropy(layer(y), targets, label_smoothing=0.1)
+    plain.total.backward()
+    torch.testing.assert_close(loss.total, plain.total, rtol=1e-2, atol=0)
+    torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=1e-2)
+    assert layer.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_fused_without_gradients_it_is_the_same_and_nothing_scored_is_zero(projected):
+    hidden, targets = projected
+    layer = nn.Linear(13, VOCAB)
+    with torch.no_grad():
+        ours, plain = projected_cross_entropy(hidden, layer, targets), token_cross_entropy(layer(hidden), targets)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other)
+    none = projected_cross_entropy(hidden.requires_grad_(), layer, torch.full_like(targets, IGNORED))
+    none.total.backward()
+    assert (none.total.item(), none.tokens.item()) == (0.0, 0)
+    assert not hidden.grad.any()

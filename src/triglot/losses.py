@@ -1,15 +1,18 @@
 """What training minimises."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from triglot.layers.moe import Routing
 
+CHUNK = (1 << 21, 1 << 26)
+"""Logits that are made at a time: on a processor as many as its caches hold, on a GPU as many as keep it busy."""
 IGNORED = -100
 """The target of a position that is not scored."""
 
@@ -34,6 +37,83 @@ def token_cross_entropy(
     if label_smoothing:
         total = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
     return TokenLoss(total, nll.detach(), (wanted != IGNORED).sum())
+
+
+def projected_cross_entropy(
+    hidden: Float[Tensor, "*lead d_model"],
+    projection: nn.Linear,
+    targets: Int[Tensor, "*lead"],
+    *,
+    label_smoothing: float = 0.0,
+) -> TokenLoss:
+    """`token_cross_entropy(projection(hidden), …)` without ever holding the logits of all tokens.
+
+    Logits are made a chunk at a time and turned into gradients on the way (as in Wijmans et al. 2024), so that the
+    largest tensor of a step is never written out; tokens that are not scored are not projected at all.
+    """
+    flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    scored = (wanted != IGNORED).nonzero()[:, 0]
+    if len(scored) < len(wanted):
+        flat, wanted = flat.index_select(0, scored), wanted[scored]
+    on, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(on):
+        dtype = torch.get_autocast_dtype(on)
+    with torch.autocast(on, enabled=False):
+        total, nll = _ProjectedCrossEntropy.apply(
+            flat.to(dtype), projection.weight, projection.bias, wanted, label_smoothing
+        )
+    return TokenLoss(total, nll, torch.tensor(len(wanted), device=hidden.device))
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """Σ of the smoothed and of the plain loss; gradients are made in the forward pass and scaled in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        needed = any(ctx.needs_input_grad[:3])
+        matrix, offsets = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        grads = [torch.zeros_like(one) if needed and one is not None else None for one in (hidden, weight, bias)]
+        total, nll = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
+        size = max(1, CHUNK[hidden.device.type == "cuda"] // weight.size(0))
+        for first in range(0, hidden.size(0), size):
+            rows, picked = hidden[first : first + size], wanted[first : first + size, None]
+            log_p = F.linear(rows, matrix, offsets).log_softmax(-1, dtype=torch.float32)
+            chunk_nll = -log_p.gather(1, picked).sum()
+            nll += chunk_nll
+            total += (1 - smoothing) * chunk_nll
+            if smoothing:
+                total -= smoothing * log_p.mean(1).sum()
+            if needed:
+                _add_gradients(grads, first, rows, matrix, _of_logits(log_p, picked, smoothing))
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(nll)
+        return total, nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if one is None else one.mul_(grad) for one in ctx.saved_tensors), None, None)
+
+
+def _of_logits(log_p: Tensor, picked: Tensor, smoothing: float) -> Tensor:
+    """softmax − (1 − ε)·one-hot − ε/V, in the place of `log_p`."""
+    gradient = log_p.exp_()
+    if smoothing:
+        gradient -= smoothing / gradient.size(1)
+    return gradient.scatter_add_(1, picked, torch.full_like(picked, -(1 - smoothing), dtype=gradient.dtype))
+
+
+def _add_gradients(grads: list[Tensor | None], first: int, rows: Tensor, matrix: Tensor, of_logits: Tensor) -> None:
+    of_hidden, of_weight, of_bias = grads
+    if of_bias is not None:
+        of_bias += of_logits.sum(0)
+    of_logits = of_logits.to(rows.dtype)
+    if of_hidden is not None:
+        of_hidden[first : first + len(rows)] = of_logits @ matrix
+    if of_weight is not None:
+        of_weight += of_logits.T @ rows
 
 
 class ExpertLosses(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from triglot.data.batch import Batch, PairBatch
 from triglot.layers.masks import create_masks
 from triglot.layers.moe import Routing
-from triglot.losses import ExpertLosses, expert_losses, token_cross_entropy
+from triglot.losses import ExpertLosses, expert_losses, projected_cross_entropy
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
@@ -48,7 +48,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Totals:
         hidden, targets, routing = run_model(self.model, batch)
-        scored = token_cross_entropy(self.model.head(hidden), targets, label_smoothing=self.label_smoothing)
+        scored = projected_cross_entropy(hidden, self.model.projection, targets, label_smoothing=self.label_smoothing)
         loss, extra = scored.total, expert_losses(routing)
         options = self.model.options.experts
         if self.training and options is not None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from triglot.layers.norm import Residual, make_norm
 
@@ -38,3 +39,21 @@ def test_dropout_falls_on_the_sublayer_and_never_on_what_passes_by(x):
     dropped = residual(x, lambda h: (torch.ones_like(h), None))[0] - x
     assert sorted({round(value, 4) for value in dropped.flatten().tolist()}) == [0.0, 2.0]
     torch.testing.assert_close(residual.eval()(x, lambda h: (torch.ones_like(h), None))[0], x + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rms_norm_is_torchs_gradients_included(dtype, scale):
+    ours, theirs = make_norm("rms", 17, 1e-5).to(dtype), nn.RMSNorm(17, eps=1e-5).to(torch.float64)
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(17))
+        theirs.weight.copy_(ours.weight)
+    x = (scale * torch.randn(3, 5, 17)).to(dtype).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    grad = torch.randn(3, 5, 17).to(dtype)
+    found, expected = ours(x), theirs(y)
+    found.backward(grad)
+    expected.backward(grad.double())
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}[dtype]
+    for one, other in ((found, expected), (x.grad * scale, y.grad * scale), (ours.weight.grad, theirs.weight.grad)):
+        torch.testing.assert_close(one.double(), other, atol=10 * tolerance, rtol=tolerance)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from triglot.errors import require
+from triglot.layers.attend import attend
 from triglot.layers.cache import LayerCache, MemoryCache
 from triglot.layers.masks import check_mask, create_look_ahead_mask
 from triglot.layers.positions import Rotation, rotate
@@ -44,6 +45,17 @@ def fused_kernel_pays(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu":
         return True
     return key.size(2) > (128 if query.dtype == torch.float32 else 512)
+
+
+def cast_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What three projections read, in autocast's type, which else each of them would cast for itself."""
+    on = query.device.type
+    if not torch.is_autocast_enabled(on):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(on)
+    cast = query.to(dtype)
+    of_key = cast if key is query else key.to(dtype)
+    return cast, of_key, of_key if value is key else value.to(dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -87,6 +99,7 @@ class MultiHeadAttention(nn.Module):
         require(not causal or mask is None, "mask", "None when `causal` is set", mask)
         if mask is not None:
             check_mask(mask)
+        query, key, value = cast_once(query, key, value)
         q = self.split(self.query(query))
         if rotation is not None:
             q = rotate(q, rotation)
@@ -117,6 +130,8 @@ class MultiHeadAttention(nn.Module):
         groups = self.num_heads // self.num_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if not need_weights and dropout == 0.0 and not torch.compiler.is_compiling():
+            return attend(q, k, v, mask, causal=causal), None
         weights = attention_weights(q, k, create_look_ahead_mask(q.size(2), device=q.device) if causal else mask)
         return F.dropout(weights, dropout) @ v, weights if need_weights else None
 

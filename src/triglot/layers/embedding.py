@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from triglot.layers.dropout import Dropout
 from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions, Rotation
 
 
@@ -35,7 +36,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, d_model)
         self.scale = math.sqrt(d_model) if scale else 1.0
-        self.added: PositionalEncoding | LearnedPositions | nn.Dropout
+        self.added: PositionalEncoding | LearnedPositions | Dropout
         self.rotary = RotaryPositions(head_dim, max_seq_length, rope_theta) if positions == "rotary" else None
         match positions:
             case "sinusoidal":
@@ -43,7 +44,7 @@ class Embedding(nn.Module):
             case "learned":
                 self.added = LearnedPositions(d_model, max_seq_length, dropout)
             case "rotary":
-                self.added = nn.Dropout(dropout)
+                self.added = Dropout(dropout)
 
     def forward(
         self, tokens: Int[Tensor, "batch length"], positions: Int[Tensor, "#batch length"] | None = None

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.errors import require
+from triglot.layers.dropout import Dropout
 from triglot.layers.feed_forward import Activation, activate, is_gated
 from triglot.layers.masks import check_real
 
@@ -112,7 +113,7 @@ class MixtureOfExperts(nn.Module):
         self.outer = nn.Parameter(torch.empty(num_experts, hidden_dim, expert_dim))
         self.inner_bias = nn.Parameter(torch.empty(num_experts, inner_dim)) if bias else None
         self.outer_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.expert_capacity: int | None = None
         """Places per expert in the last training call; None when nothing was limited. Shown, never read."""
         self.reset_parameters()

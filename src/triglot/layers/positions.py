@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from triglot.errors import require
+from triglot.layers.dropout import Dropout
 
 
 def sinusoids(length: int, d_model: int) -> Float[Tensor, "length d_model"]:
@@ -27,7 +28,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, d_model: int, max_seq_length: int = 4096, dropout: float = 0.1) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer("table", sinusoids(max_seq_length, d_model), persistent=False)
 
     def forward(
@@ -47,7 +48,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, d_model: int, max_seq_length: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(max_seq_length, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Float[Tensor, "batch length d_model"], positions: Int[Tensor, "#batch length"] | None = None

@@ -140,6 +140,11 @@ class DecoderLLM(Stack):
         """Logits over the vocabulary."""
         return self.lm_head(hidden)
 
+    @property
+    def projection(self) -> nn.Linear:
+        """The layer behind `head`."""
+        return self.lm_head
+
     def start(
         self, input_ids: Tokens, lengths: Int[Tensor, " batch"], max_new_tokens: int
     ) -> tuple[Float[Tensor, "batch vocab"], "DecoderOnlySteps"]:

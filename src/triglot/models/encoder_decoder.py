@@ -205,6 +205,11 @@ class Transformer(nn.Module):
         """Logits over the target's vocabulary."""
         return self.final_layer(hidden)
 
+    @property
+    def projection(self) -> nn.Linear:
+        """The layer behind `head`."""
+        return self.final_layer
+
     def start(
         self, src: Int[Tensor, "batch src_length"], src_mask: Mask | None, max_new_tokens: int
     ) -> "EncoderDecoderSteps":
