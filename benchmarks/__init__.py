@@ -1,1 +1,1 @@
-"""Triglot beside its peers on the same machine: `python -m benchmarks.training`, … ; `--help` says what each measures."""
+"""Triglot beside its peers on one machine: `python -m benchmarks.training`; `--help` says what is measured."""

@@ -78,7 +78,7 @@ def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch])
         data=None,  # type: ignore[arg-type]
         valid=None,  # type: ignore[arg-type]
         progress=Progress(),
-        save=lambda progress: None,
+        save=lambda _: None,
         evaluators=[],
         log=MetricsLog(folder / "metrics.jsonl"),
         reporter=Silent(),
@@ -132,7 +132,8 @@ def our_decoder(precision: str) -> Work:
 def nanogpt(checkout: Path, precision: str, *, fused_attention: bool, compiled: bool) -> Work:
     """nanoGPT's model; its attention written out where `fused_attention` is off, as it is without SDPA."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
@@ -301,7 +302,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def flops_per_token() -> float:
-    """Of a training step of the decoder: three times the products of the forward pass, attention at half for causality."""
+    """Of a training step of the decoder: three times the forward pass' products, attention at half for causality."""
     per_layer = 2 * 12 * WIDTH**2 + 2 * 2 * CONTEXT * WIDTH / 2
     return 3 * (LAYERS * per_layer + 2 * VOCAB * WIDTH)
 

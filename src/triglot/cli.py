@@ -132,8 +132,10 @@ def train(
     from triglot.evaluation import score_translations
     from triglot.insight.curves import draw
     from triglot.insight.progress import Bar
+    from triglot.training.allocator import keep_freed_memory
     from triglot.training.session import train
 
+    keep_freed_memory()
     run = out or Path("runs") / path.stem
     evaluators = [score_translations] if config.train.keep_best != "loss" else []
     result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=device)
