@@ -31,14 +31,13 @@ def attend(
 
     A query that may attend to nothing gets zeros.
     """
+    allowed = mask
     if causal:
         allowed = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril()
-    else:
-        allowed = mask
     scores_type = torch.promote_types(query.dtype, torch.float32)
     bias = None if allowed is None else torch.where(allowed, 0.0, FORBIDDEN).to(scores_type)
     with torch.autocast(query.device.type, enabled=False):
-        output: Tensor = _Attend.apply(
+        output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
             query / math.sqrt(query.size(-1)), key.to(query.dtype), value.to(query.dtype), bias, causal
         )
     if mask is not None:
@@ -80,7 +79,8 @@ class _Attend(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         grad, wide = grad.contiguous(), torch.promote_types(query.dtype, torch.float32)
         blocks = _blocks(query.size(2), key.size(2), ctx.causal)
-        query_grads, key_grad, value_grad = [], None, None
+        query_grads: list[Tensor] = []
+        key_grad, value_grad = None, None
         for (rows, columns), weights in reversed(list(zip(blocks, kept, strict=True))):  # the first has all keys
             of_weights = (grad[:, :, rows] @ value[:, :, columns].mT).to(wide)
             of_scores = torch._softmax_backward_data(of_weights, weights.to(wide), -1, wide).to(query.dtype)
