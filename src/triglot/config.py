@@ -231,6 +231,8 @@ class TrainConfig(Checked):
     """Micro-batches of one step; the loss is the mean over all their real tokens."""
     context: Count = 256
     """Language models: tokens of one window."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices between activations, AdamW for all else, under one learning rate and decay."""
     learning_rate: Positive = 1e-3
     schedule: Literal["cosine", "inverse_sqrt", "linear", "constant"] = "cosine"
     """After the warm-up: to `min_learning_rate` by cosine or line, by 1/√step (Vaswani et al. 2017, §5.3), or flat."""

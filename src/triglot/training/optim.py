@@ -1,32 +1,55 @@
-"""AdamW (Loshchilov & Hutter 2019), which weights it decays, and the learning rate from step to step."""
+"""AdamW (Loshchilov & Hutter 2019) or Muon, which weights they decay, and the learning rate from step to step."""
 
 import math
-from typing import assert_never
+from collections.abc import Iterator
+from typing import Any, assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triglot.config import TrainConfig
+from triglot.layers.attention import MultiHeadAttention
+from triglot.layers.feed_forward import PointwiseFeedForward
+from triglot.layers.moe import MixtureOfExperts
+from triglot.training.muon import Muon
+from triglot.training.precision import has_bf16
 
 FUSED = ("cpu", "cuda", "mps", "xpu")
 """Devices on which PyTorch updates all weights in one kernel."""
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the model's weights, with decay on matrices alone."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the model's weights, with decay on matrices alone."""
     decayed, plain = split_by_decay(model)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
     fused = all(weight.device.type in FUSED for weight in (*decayed, *plain))
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.adam_eps,
-        fused=fused,
-    )
+    adamw: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.adam_eps, "fused": fused}
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(decay_groups(decayed, plain, config.weight_decay), **adamw)
+        case "muon":
+            hidden = {id(weight) for weight in hidden_matrices(model)}
+            matrices = [weight for weight in decayed if id(weight) in hidden]
+            others = [weight for weight in decayed if id(weight) not in hidden]
+            groups = decay_groups(others, plain, config.weight_decay)
+            dtype = torch.bfloat16 if has_bf16(decayed[0].device) else torch.float32
+            return Muon(matrices, groups, weight_decay=config.weight_decay, dtype=dtype, **adamw)
+        case _:
+            assert_never(config.optimizer)
+
+
+def decay_groups(decayed: list[nn.Parameter], plain: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups with and without decay; none that is empty."""
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def hidden_matrices(model: nn.Module) -> Iterator[Tensor]:
+    """The matrices between activations, experts' included: neither embeddings nor outputs nor routers."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention | PointwiseFeedForward):
+            yield from (part.weight for part in module.children() if isinstance(part, nn.Linear))
+        elif isinstance(module, MixtureOfExperts):
+            yield from (module.inner, module.outer)
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
