@@ -134,6 +134,34 @@ def test_the_evaluator_for_training_scores_the_validation_examples(tmp_path):
     assert scores == {name: evaluate(run)[name] for name in ("bleu", "chrf", "exact_match")}
 
 
+def test_the_test_part_of_a_text_is_scored_by_itself(tmp_path):
+    """Validation and test change places: so do their scores, and their bytes are those of the parts."""
+    run = make_run(tmp_path, "decoder_only")
+    model, config, tokenizers = load_model(run)
+    half = dataclasses.replace(config.data, valid=0.3, test=0.3, hold_out="tail")
+    config = dataclasses.replace(config, data=half)
+    save_checkpoint(run, step_name(0), config, model, Progress())
+    scored = evaluate(run, split="test")
+    prepared = prepare(config, run, tokenizers)
+    assert scored == text_scores(model, prepared.test, tokenizers.target, CPU)
+    assert scored != evaluate(run, split="valid")
+
+
+def test_text_that_is_tokenised_already_is_scored_on_its_own_words(tmp_path, monkeypatch):
+    pairs = [("a", "ein mann , der läuft ."), ("b", "zwei hunde , die bellen .")]
+    answers = ["ein mann, der läuft .", "zwei hunde , die bellen."]
+    monkeypatch.setattr("triglot.evaluation.translate_examples", lambda *_: answers)
+    model, config, tokenizers = load_model(make_run(tmp_path, "encoder_decoder"))
+    examples = [Example(source, target, None) for source, target in pairs]
+    plain = translation_scores(model, tokenizers, config, examples)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenized=True))
+    found = translation_scores(model, tokenizers, config, examples)
+    expected = sacrebleu.corpus_bleu(answers, [[target for _, target in pairs]], tokenize="none", force=True)
+    assert found["bleu"] == expected.score
+    assert found["bleu"] < plain["bleu"] == pytest.approx(100)
+    assert "tok:none" in found["bleu_signature"]
+
+
 def test_running_text_has_no_translations_and_no_test_split(tmp_path):
     run = make_run(tmp_path, "decoder_only")
     model, config, tokenizers = load_model(run)

@@ -185,6 +185,8 @@ class DataConfig(Checked):
     valid_target: str | None = None
     test_source: str | None = None
     test_target: str | None = None
+    test: Rate = 0.0
+    """text: the last share of the characters, kept for `evaluate --split test`; with hold_out "tail"."""
     hold_out: Literal["seeded", "tail"] = "seeded"
     """What a fraction takes: documents or lines drawn by the seed, or the last characters (text) or lines (pairs)."""
     document: Literal["file", "line", "paragraph"] = "file"
@@ -197,6 +199,8 @@ class DataConfig(Checked):
     """phrases: how many make an epoch."""
     max_bytes: Count | None = None
     """stdlib, text: stop after so many bytes."""
+    tokenized: bool = False
+    """pairs: words and punctuation stand apart already, and BLEU counts them as they stand (sacrebleu's `tok:none`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,6 +211,10 @@ class DataConfig(Checked):
         pairs_by_two = self.source is not None and self.target is not None
         if self.kind == "text":
             _require(bool(self.files), "files", "one file or more", self.files)
+        if self.test:
+            tail = self.kind in ("text", "stdlib") and self.hold_out == "tail" and not isinstance(valid, str)
+            _require(tail, "test", 'left out without a text, a fraction as valid and hold_out "tail"', self.test)
+            _require(tail and self.test + float(valid) < 1, "test", f"below 1 − valid ({valid})", self.test)
         if self.kind == "pairs":
             rule = "given together with target, or files given instead"
             _require(pairs_by_two != bool(self.files), "source", rule, self.source)

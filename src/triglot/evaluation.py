@@ -14,7 +14,7 @@ from triglot.data.batch import IGNORED, Batch, PairBatch
 from triglot.data.corpus import Example
 from triglot.data.dataset import Dataset, Pairs, Ragged
 from triglot.data.prepare import Prepared, prepare
-from triglot.errors import ConfigError, require
+from triglot.errors import ConfigError
 from triglot.generation.engine import Engine
 from triglot.objective import Model, score_batches
 from triglot.tokenizer import Tokenizer, Tokenizers
@@ -42,8 +42,12 @@ def evaluate(
         config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, beam=beam))
     prepared = prepare(config, run, tokenizers)
     if config.model.kind == "decoder_only":
-        require(split == "valid", "split", "valid for a language model", split, ConfigError)
-        return text_scores(model, prepared.valid, tokenizers.target, torch.device(device))
+        measured = prepared.valid if split == "valid" else prepared.test
+        if measured is None:
+            raise ConfigError(
+                f"`split` must be valid without a share of the text as data.test, but is {split!r} instead."
+            )
+        return text_scores(model, measured, tokenizers.target, torch.device(device))
     examples = prepared.valid_examples if split == "valid" else prepared.test_examples
     if not examples:
         raise ConfigError(f"`split` must be one that the recipe's [data] names files for, but is {split!r} instead.")
@@ -106,7 +110,8 @@ def translation_scores(
 
     hypotheses = translate_examples(model, tokenizers, config, examples)
     references = [one.target for one in examples]
-    bleu, chrf = BLEU(), CHRF()
+    bleu = BLEU(tokenize="none", force=True) if config.data.tokenized else BLEU()
+    chrf = CHRF()
     scores = {"bleu": bleu.corpus_score(hypotheses, [references]), "chrf": chrf.corpus_score(hypotheses, [references])}
     return {
         **{name: score.score for name, score in scores.items()},

@@ -45,6 +45,8 @@ class Prepared(NamedTuple):
     test_examples: list[Example] | None
     report: list[str]
     """What there is and what was left out, for people."""
+    test: Dataset | None = None
+    """The part of a text that is kept for the end."""
 
 
 def prepare(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Prepared:
@@ -73,54 +75,60 @@ def _text(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pre
     survey = corpus.survey()
     split = _split_text(corpus, survey, data, config.seed)
     if tokenizers is None:
-        texts = (piece.text for piece in split.train())
+        texts = (piece.text for piece in split.parts["train"]())
         tokenizer = Tokenizer.train(config.tokenizer.kind, texts, config.tokenizer.vocab_size)
         tokenizers = Tokenizers(tokenizer, tokenizer)
     tokenizer = tokenizers.target
     made_from = {"text": survey.digest, "validation part": split.digest, "tokenizer": tokenizer.digest}
-    shards = token_shards(folder, made_from, {"train": split.train(), "valid": split.valid()}, tokenizer)
-    train: Dataset
-    valid: Dataset
-    if data.packing == "documents":
-        train = Packed(shards["train"], context, budget, config.seed)
-        valid = Packed(shards["valid"], context, budget, None)
-    else:
-        train, valid = Crops(shards["train"], context, budget, config.seed), Windows(shards["valid"], context, budget)
+    shards = token_shards(folder, made_from, {name: part() for name, part in split.parts.items()}, tokenizer)
+    packed = data.packing == "documents"
+    train: Dataset = (Packed if packed else Crops)(shards["train"], context, budget, config.seed)
+    measured: dict[str, Dataset] = {
+        name: Packed(shard, context, budget, None) if packed else Windows(shard, context, budget)
+        for name, shard in shards.items()
+        if name != "train"
+    }
     report = [
         f"text: {_many(len(files), 'file')}, {_many(survey.size, 'document')}, {_many(survey.characters, 'character')}"
         + _told(survey.left_out),
         _vocabulary(tokenizers),
         *(f"{name}: {_many(len(shards[name]), 'token')}" for name in shards),
     ]
-    return Prepared(tokenizers, train, valid, None, None, report)
+    return Prepared(tokenizers, train, measured["valid"], None, None, report, measured.get("test"))
 
 
 class _TextSplit(NamedTuple):
-    train: Callable[[], Iterator[Piece]]
-    valid: Callable[[], Iterator[Piece]]
+    parts: dict[str, Callable[[], Iterator[Piece]]]
     digest: str
 
 
 def _split_text(corpus: TextCorpus, survey: Survey, data: DataConfig, seed: int) -> _TextSplit:
     if isinstance(data.valid, str):
         other = TextCorpus(find_files([data.valid], _root(data), "data.valid"), data.document)
-        return _TextSplit(corpus.pieces, other.pieces, other.survey().digest)
+        return _TextSplit({"train": corpus.pieces, "valid": other.pieces}, other.survey().digest)
     if data.hold_out == "tail":
-        border = int(survey.characters * (1 - data.valid))
-        require(0 < border < survey.characters, "data.valid", "a part that holds a character", data.valid, DataError)
-        return _TextSplit(
-            lambda: choose_characters(corpus.pieces(), 0, border),
-            lambda: _without_last_end(choose_characters(corpus.pieces(), border, survey.characters)),
-            f"{data.valid} tail",
-        )
+        return _split_tail(corpus, survey.characters, data.valid, data.test)
     rule = 'a file, or data.hold_out "tail", for a text of one document'
     require(survey.size > 1, "data.valid", rule, data.valid, DataError)
     held = _drawn(survey.size, data, seed)
-    return _TextSplit(
-        lambda: choose_documents(corpus.pieces(), ~held),
-        lambda: choose_documents(corpus.pieces(), held),
-        f"{data.valid} seed {seed}",
-    )
+    parts = {
+        "train": lambda: choose_documents(corpus.pieces(), ~held),
+        "valid": lambda: choose_documents(corpus.pieces(), held),
+    }
+    return _TextSplit(parts, f"{data.valid} seed {seed}")
+
+
+def _split_tail(corpus: TextCorpus, characters: int, valid: float, test: float) -> _TextSplit:
+    """The text's beginning, then what validates, then what tests."""
+    borders = [0, int(characters * (1 - test - valid)), int(characters * (1 - test)), characters]
+    require(0 < borders[1] < borders[2], "data.valid", "a part that holds a character", valid, DataError)
+    parts: dict[str, Callable[[], Iterator[Piece]]] = {
+        "train": lambda: choose_characters(corpus.pieces(), 0, borders[1]),
+        "valid": lambda: _without_last_end(choose_characters(corpus.pieces(), borders[1], borders[2])),
+    }
+    if test:
+        parts["test"] = lambda: _without_last_end(choose_characters(corpus.pieces(), borders[2], characters))
+    return _TextSplit(parts, f"{valid} tail" + f" before {test}" * bool(test))
 
 
 def _without_last_end(pieces: Iterator[Piece]) -> Iterator[Piece]:
