@@ -16,29 +16,69 @@ from typing import Any
 
 import torch
 
-LAPTOP = {
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "CT2_FORCE_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
+LAPTOP = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 """What a processor without AVX-512 and AMX has, for all sides."""
+
+ANSWER = "answer: "
+REST = 0.5
+"""Seconds until the threads of the side before have stopped spinning."""
 
 Row = dict[str, Any]
 Work = Callable[[], int]
 """Does some work and says how much it was."""
 
 
-def rates(sides: Mapping[str, Work], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Work per second of each side, measured in turns of about `seconds` each; the first turn only warms up."""
+class Side:
+    """One side's work in a process of its own, so that no side's settings or memory are another's."""
+
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", module, *arguments]
+        self.process = subprocess.Popen(
+            command, env={**os.environ, **(environment or {})}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ask()  # once it is ready
+
+    def ask(self, seconds: float | None = None) -> dict[str, float]:
+        """What the side says next: how much it did in `seconds`, how long that took, and the most memory it held."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if seconds is not None:
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return dict(json.loads(line.removeprefix(ANSWER)))
+        raise RuntimeError(f"{self.process.args} ended with status {self.process.wait()}")
+
+    def end(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(make: Callable[[], Work]) -> None:
+    """Be a side: work for as many seconds as each line of standard input says."""
+    before = peak_memory()
+    work = make()
+    print(f"{ANSWER}{{}}", flush=True)
+    for line in sys.stdin:
+        began, done = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < float(line):
+            done += work()
+        answer = {"done": done, "seconds": spent, "memory": peak_memory() - before}
+        print(f"{ANSWER}{json.dumps(answer)}", flush=True)
+
+
+def rates(sides: Mapping[str, Side], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Work per second of each side, in turns of about `seconds` each; the first turn only warms up."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
-        for name, work in sides.items():
-            began, done = time.perf_counter(), 0
-            while (spent := time.perf_counter() - began) < (seconds if turn else seconds / 2):
-                done += work()
+        for name, side in sides.items():
+            time.sleep(REST)
+            answer = side.ask(seconds)
             if turn:
-                found[name].append(done / spent)
+                found[name].append(answer["done"] / answer["seconds"])
     return found
 
 
@@ -105,18 +145,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def in_own_process(module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
-    """What `python -m module arguments` prints last, as JSON; for what a process can be asked only once."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

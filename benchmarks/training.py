@@ -6,11 +6,12 @@ clip and update. nanoGPT is given as a checkout (github.com/karpathy/nanoGPT); t
 
 import argparse
 import importlib.util
-import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from triglot.data.prepare import prepare
 from triglot.layers.masks import create_padding_mask
 from triglot.models.factory import build_model
 from triglot.objective import Objective
+from triglot.training.allocator import keep_freed_memory
 from triglot.training.metrics import MetricsLog, Silent
 from triglot.training.optim import make_optimizer
 from triglot.training.trainer import Trainer
@@ -250,55 +252,25 @@ def marian(precision: str, batches: Sequence[PairBatch]) -> Work:
 # What is measured
 
 
-def decoder_sides(options: argparse.Namespace, precisions: Sequence[str]) -> dict[str, Callable[[], Work]]:
-    """Everyone who trains the decoder-only shape."""
-    sides: dict[str, Callable[[], Work]] = {}
-    for precision in precisions:
-        sides[f"triglot {precision}"] = lambda precision=precision: our_decoder(precision)
-        sides[f"transformers GPT-2 {precision}"] = lambda precision=precision: gpt2(precision)
-        if options.nanogpt is not None:
-            sides[f"nanoGPT {precision}, tuned"] = lambda precision=precision: nanogpt(
-                options.nanogpt, precision, fused_attention=False, compiled=True
-            )
+def works(section: str, options: argparse.Namespace) -> dict[str, Callable[[], Work]]:
+    """Everyone's training steps in a section, ours first."""
+    precision = "fp32" if options.laptop else "bf16"
+    if section == "pairs":
+        precisions = ["fp32"] if options.laptop else ["bf16", "fp32"]
+        return {"triglot": lambda: our_translator(precision, pair_batches(options.data))} | {
+            f"transformers Marian, {one}": partial(their_translator, options, one) for one in precisions
+        }
+    sides = {"triglot": lambda: our_decoder(precision), "transformers GPT-2": lambda: gpt2(precision)}
     if options.nanogpt is not None:
-        sides["nanoGPT as shipped"] = lambda: nanogpt(options.nanogpt, "fp32", fused_attention=True, compiled=False)
+        tuned, shipped = "nanoGPT, tuned", "nanoGPT as shipped"
+        sides[tuned] = lambda: nanogpt(options.nanogpt, precision, fused_attention=False, compiled=True)
+        sides[shipped] = lambda: nanogpt(options.nanogpt, "fp32", fused_attention=True, compiled=False)
     return sides
 
 
-def pair_sides(options: argparse.Namespace, precisions: Sequence[str]) -> dict[str, Callable[[], Work]]:
-    """Everyone who trains the encoder–decoder shape."""
-    batches = pair_batches(options.data)
-    sides: dict[str, Callable[[], Work]] = {}
-    for precision in precisions:
-        sides[f"triglot {precision}"] = lambda precision=precision: our_translator(precision, batches)
-    for precision in ("fp32", "bf16") if "bf16" in precisions else precisions:
-        sides[f"transformers Marian {precision}"] = lambda precision=precision: marian(precision, batches)
-    return sides
-
-
-SECTIONS = {"decoder": decoder_sides, "pairs": pair_sides}
-
-
-def section(options: argparse.Namespace) -> dict[str, Any]:
-    """One section in this process: rates of all sides in turns, and the machine's own matmul rate."""
-    precisions = ["fp32"] if options.laptop else ["bf16"]
-    works = {name: make() for name, make in SECTIONS[options.section](options, precisions).items()}
-    rounds, seconds = (1, 1.0) if options.quick else (5, 6.0)
-    dtype = torch.float32 if options.laptop else torch.bfloat16
-    before = measure.matmul_rate(dtype)
-    found = measure.rates(works, rounds, seconds)
-    return {"rates": found, "matmul": max(before, measure.matmul_rate(dtype))}
-
-
-def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """The most memory that one side's steps take beyond what the process held before."""
-    precisions = ["bf16"]
-    make = SECTIONS[options.section](options, precisions)[options.memory]
-    before = measure.peak_memory()
-    work = make()
-    for _ in range(6):
-        work()
-    return {"bytes": measure.peak_memory() - before}
+def their_translator(options: argparse.Namespace, precision: str) -> Work:
+    """Marian over the same batches."""
+    return marian(precision, pair_batches(options.data))
 
 
 def flops_per_token() -> float:
@@ -311,69 +283,59 @@ def main() -> None:
     """Measure and report."""
     parser = measure.parser(__doc__)
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT")
-    default = os.environ.get("TRIGLOT_DATA")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(default) if default else None,
-        metavar="DIR",
-        help="holds multi30k/ (default: TRIGLOT_DATA)",
-    )
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    data = os.environ.get("TRIGLOT_DATA")
+    known = "holds multi30k/ (default: TRIGLOT_DATA)"
+    parser.add_argument("--data", type=Path, default=Path(data) if data else None, metavar="DIR", help=known)
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--laptop", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.section:
-        print(json.dumps(memory(options) if options.memory else section(options)))
+    if options.side:
+        section, name = options.side
+        if name == "triglot":
+            keep_freed_memory()  # as `triglot train` does
+        measure.serve(works(section, options)[name])
         return
-    measure.report(all_rows(options), options.json)
+    sections = ["decoder"] + ["pairs"] * (options.data is not None)
+    found = [row for section in sections for laptop in (False, True) for row in section_rows(section, laptop, options)]
+    measure.report(found, options.json)
 
 
-def all_rows(options: argparse.Namespace) -> list[Row]:
-    """Every row of the table, each section in a process of its own."""
-    passed = [*(["--quick"] if options.quick else [])]
-    passed += ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
+def section_rows(section: str, laptop: bool, options: argparse.Namespace) -> list[Row]:
+    """A section's rows: speed of all sides in turns, the share of the machine's matmul rate, and peak memory."""
+    options.laptop = laptop
+    passed = ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
     passed += ["--data", str(options.data)] if options.data else []
-    names = [name for name in SECTIONS if name != "pairs" or options.data is not None]
-    found: list[Row] = []
-    for name in names:
-        for laptop in (False, True):
-            arguments = ["--section", name, *passed, *(["--laptop"] if laptop else [])]
-            result = measure.in_own_process("benchmarks.training", arguments, measure.LAPTOP if laptop else None)
-            title = f"{name}{' as a laptop (AVX2)' if laptop else ''}"
-            ours = "triglot fp32" if laptop else "triglot bf16"
-            found += measure.rows(title, result["rates"], ours, "target tokens/s" if name == "pairs" else "tokens/s")
-            if name == "decoder":
-                found.append(share_of_rate(title, result, ours))
-        found += memory_rows(name, passed, options)
-    return found
+    passed += ["--laptop"] * laptop
+    environment = measure.LAPTOP if laptop else None
+    sides = {
+        name: measure.Side("benchmarks.training", ["--side", section, name, *passed], environment)
+        for name in works(section, options)
+    }
+    rounds, seconds = (1, 1.0) if options.quick else (5, 5.0)
+    found = measure.rates(sides, rounds, seconds)
+    memory = {name: [side.ask(0.0)["memory"] / 2**20] for name, side in sides.items()}
+    for side in sides.values():
+        side.end()
+    title = f"{section}, {'AVX2, fp32' if laptop else 'bf16'}"
+    rows = measure.rows(title, found, "triglot", "tokens/s")
+    if laptop:
+        return rows
+    if section == "decoder":
+        rows.append(share_of_rate(title, found["triglot"]))
+    return rows + measure.rows(f"{title}, peak memory", memory, "triglot", "MiB")
 
 
-def share_of_rate(title: str, result: dict[str, Any], ours: str) -> Row:
-    """How much of the machine's matmul rate a training step comes to."""
-    import statistics
-
-    reached = statistics.median(result["rates"][ours]) * flops_per_token()
+def share_of_rate(title: str, speeds: Sequence[float]) -> Row:
+    """How much of the machine's matmul rate our training step comes to."""
+    reached, rate = statistics.median(speeds) * flops_per_token(), measure.matmul_rate(torch.bfloat16)
     return {
         "name": f"{title}: share of the matmul rate",
         "ours": reached / 1e9,
-        "peer": result["matmul"] / 1e9,
-        "ratio": reached / result["matmul"],
+        "peer": rate / 1e9,
+        "ratio": reached / rate,
         "unit": "GFLOP/s",
-        "runs": len(result["rates"][ours]),
+        "runs": len(speeds),
     }
-
-
-def memory_rows(name: str, passed: list[str], options: argparse.Namespace) -> list[Row]:
-    """Peak memory of each side, each in a process of its own; the ratio is ours to the peer's, so less is better."""
-    arguments = argparse.Namespace(**{**vars(options), "section": name})
-    sides = list(SECTIONS[name](arguments, ["bf16"]))
-    most = {
-        side: measure.in_own_process("benchmarks.training", ["--section", name, "--memory", side, *passed])["bytes"]
-        / 2**20
-        for side in sides
-    }
-    return measure.rows(f"{name}, peak memory", {side: [value] for side, value in most.items()}, sides[0], "MiB")
 
 
 if __name__ == "__main__":
