@@ -80,7 +80,7 @@ def test_a_reader_who_has_had_enough_is_no_error(folder):
     """`triglot translate RUN FILE | head -1`: more lines than a pipe holds, and nobody to read them."""
     lines = folder / "many.txt"
     lines.write_text("\n" * 300_000, encoding="utf-8")
-    command = f'"{sys.executable}" -m triglot translate "{folder / "translator"}" "{lines}" --target up | head -1'
+    command = f'"{sys.executable}" -m triglot translate "{folder / "translator"}" "{lines}" --tag up | head -1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("\n", "")
 
@@ -240,13 +240,13 @@ def test_translate_reads_files_and_standard_input_alike(folder, tmp_path, source
     expected = [" ".join(row[0].text.splitlines()) for row in engine.translate(["12 ab", "", "7 ab"], **how)]
     path = tmp_path / ("text.gz" if source == "gzip" else "text")
     path.write_bytes(gzip.compress(text.encode()) if source == "gzip" else text.encode())
-    arguments = ("--beam", 3, "--length-penalty", 0.5, "--target", "up", "--device", "cpu")
+    arguments = ("--beam", 3, "--length-penalty", 0.5, "--tag", "up", "--device", "cpu")
     output = succeed("translate", folder / "translator", "-" if source == "-" else path, *arguments, text=text)
     assert output == "".join(f"{line}\n" for line in expected)
 
 
 def test_n_best_translations_carry_line_and_score(folder):
-    arguments = ("--nbest", 2, "--target", "down", "--device", "cpu")
+    arguments = ("--nbest", 2, "--tag", "down", "--device", "cpu")
     rows = [
         line.split("\t")
         for line in succeed("translate", folder / "translator", *arguments, text="1\n\n2\n").splitlines()
@@ -258,10 +258,39 @@ def test_n_best_translations_carry_line_and_score(folder):
 def test_translate_names_the_line_that_is_too_long_and_the_tags_that_are_known(folder, tmp_path):
     (tmp_path / "text").write_text("a\n" + "b" * 50, encoding="utf-8")
     run = folder / "translator"
-    assert "`line 2` must be at most 41 tokens long" in refuse("translate", run, tmp_path / "text", "--target", "up")
+    strict = refuse("translate", run, tmp_path / "text", "--tag", "up", "--too-long", "error")
+    assert "`line 2` must be at most 41 tokens long" in strict
+    cut = invoke("translate", run, tmp_path / "text", "--tag", "up")
+    assert cut.exit_code == 0
+    assert cut.stdout.count("\n") == 2
+    assert cut.stderr == "line 2 has 53 tokens: all beyond 41 were cut\n"
     assert "`the target tag` must be one of" in refuse("translate", run, tmp_path / "text")
-    assert "`tag` must be a known one" in refuse("translate", run, tmp_path / "text", "--target", "left")
-    assert "cannot be read" in refuse("translate", run, tmp_path / "none", "--target", "up")
+    assert "`tag` must be a known one" in refuse("translate", run, tmp_path / "text", "--tag", "left")
+    assert "cannot be read" in refuse("translate", run, tmp_path / "none", "--tag", "up")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_here_is_refused_in_one_line(folder, device):
+    said = refuse("generate", folder / "writer", "--device", device)
+    assert "`--device` must be one that is here, but is" in said
+
+
+def test_a_run_is_resumed_without_its_recipe(folder, tmp_path):
+    run = tmp_path / "run"
+    succeed("train", folder / "writer.toml", "--out", run, "--device", "cpu")
+    said = succeed("train", "--resume", "--out", run, "--set", "train.max_steps=5", "--device", "cpu")
+    assert "last step 5" in said
+    assert "`RECIPE` must be given" in refuse("train")
+    assert "`--out` must be a run that was started before" in refuse("train", "--resume", "--out", tmp_path / "none")
+
+
+def test_a_run_stopped_before_anything_was_logged_says_where_it_stands(folder, tmp_path, monkeypatch):
+    from triglot.training import trainer
+
+    monkeypatch.setattr(trainer.Stop, "requested", property(lambda self: True))
+    result = invoke("train", folder / "writer.toml", "--out", tmp_path / "run", "--device", "cpu")
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "best checkpoint none yet, last step 0" in result.stdout
 
 
 def test_evaluate_tells_the_same_in_words_and_in_json(folder):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +51,13 @@ class PastContext(StrEnum):
     slide = "slide"
 
 
+class TooLong(StrEnum):
+    """What to do with a line that the model can not read whole."""
+
+    cut = "cut"
+    error = "error"
+
+
 class Split(StrEnum):
     """Parts of the data that a run can be measured on."""
 
@@ -59,6 +67,10 @@ class Split(StrEnum):
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 Which = Annotated[str, typer.Option("--checkpoint", help="best, last, average, or a number of steps.")]
+Tag = Annotated[
+    str | None,
+    typer.Option(metavar="TAG", help="The target tag, where pairs had a third column.", show_default=False),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; the GPU if there is one.", show_default=False)]
 
 
@@ -112,20 +124,33 @@ def train_tokenizer(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.", show_default=False),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Another value for a key; repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="The run's folder; runs/NAME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of --out; RECIPE may be left out.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and touch no data.")] = False,
     device: Device = None,
 ) -> None:
     """Train what a recipe describes."""
-    from triglot.recipe import load_recipe, to_dict
+    from triglot.recipe import load_recipe, load_run, to_dict
 
-    path = find_recipe(recipe)
-    config = load_recipe(path, tuple(settings or ()))
+    require(
+        recipe is not None or (resume and out is not None),
+        "RECIPE",
+        "given, or --resume with --out",
+        recipe,
+        ConfigError,
+    )
+    path = out if recipe is None else find_recipe(recipe)
+    assert path is not None
+    config = (load_run if recipe is None else load_recipe)(path, tuple(settings or ()))
     if dry_run:
         typer.echo(json.dumps(to_dict(config), indent=2, ensure_ascii=False))
         return
@@ -138,9 +163,10 @@ def train(
     keep_freed_memory()
     run = out or Path("runs") / path.stem
     evaluators = [score_translations] if config.train.keep_best != "loss" else []
-    result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=device)
-    draw(run / "metrics.jsonl", run / "curves.png")
-    typer.echo(f"{run}: best checkpoint {result.progress.best}, last step {result.progress.step}")
+    result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=_device(device))
+    if (run / "metrics.jsonl").exists():  # a run stopped in its first steps has logged nothing
+        draw(run / "metrics.jsonl", run / "curves.png")
+    typer.echo(f"{run}: best checkpoint {result.progress.best or 'none yet'}, last step {result.progress.step}")
     raise typer.Exit(result.exit_code)
 
 
@@ -212,29 +238,33 @@ def translate(
     beam: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
     nbest: Annotated[int, typer.Option(help="Above 1: line number, score and text of so many.")] = 1,
     length_penalty: Annotated[float | None, typer.Option(help="α in score / n^α.", show_default=False)] = None,
-    target: Annotated[str | None, typer.Option(metavar="TAG", help="The target tag.", show_default=False)] = None,
+    tag: Tag = None,
+    too_long: Annotated[TooLong, typer.Option(help="Where a line is longer than the model reads.")] = TooLong.cut,
     which: Which = "best",
     device: Device = None,
 ) -> None:
-    """Translate line by line, to standard output; empty lines stay empty."""
-    from triglot.generation.engine import load
+    """Translate line by line, to standard output; empty lines stay empty, lines that were cut are told."""
+    from triglot.generation.engine import TextWasCut, load
     from triglot.generation.files import lines_of, translate_lines, written
 
     engine = load(run, which=which, device=_device(device))
-    how = engine.config.generation
     results = translate_lines(
         engine,
         lines_of(None if file == "-" else Path(file)),
         chunk=1 if file == "-" and sys.stdin.isatty() else None,
-        beam=how.beam if beam is None else beam,
+        beam=beam,
         nbest=nbest,
-        length_penalty=how.length_penalty if length_penalty is None else length_penalty,
-        tags=target,
+        length_penalty=length_penalty,
+        tags=tag,
+        too_long=too_long.value,
     )
-    for line in written(results, nbest=nbest):
-        sys.stdout.write(line)
-        if sys.stdout.isatty():
-            sys.stdout.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TextWasCut)
+        warnings.showwarning = lambda message, *_, **__: typer.secho(str(message), fg=typer.colors.YELLOW, err=True)
+        for line in written(results, nbest=nbest):
+            sys.stdout.write(line)
+            if sys.stdout.isatty():
+                sys.stdout.flush()
 
 
 @app.command()
@@ -276,9 +306,13 @@ def inspect(
 def explain(
     run: Run,
     text: Annotated[str, typer.Option(help="What the model reads.", show_default=False)],
-    target: Annotated[str | None, typer.Option(help="A translation to explain; the run's own.")] = None,
-    tag: Annotated[str | None, typer.Option(help="The target tag.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page.")] = Path("explain.html"),
+    target: Annotated[
+        str | None, typer.Option(help="A translation to explain; the run's own by default.", show_default=False)
+    ] = None,
+    tag: Tag = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page; an older one is replaced.")] = Path(
+        "explain.html"
+    ),
     which: Which = "best",
 ) -> None:
     """Write a page that shows what a model does with a text."""
@@ -288,6 +322,14 @@ def explain(
 
 
 def _device(wanted: str | None) -> str:
+    """A device that is there; the GPU if nothing is said and there is one."""
     import torch
 
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"`--device` must be one that is here, but is {wanted!r} instead ({reason}).") from error
+    return wanted

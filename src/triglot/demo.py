@@ -107,9 +107,9 @@ def one(name: str, folder: Path, settings: Sequence[str], console: Console) -> O
 
 def translate(folder: Path, engine: Engine, console: Console) -> dict[str, float]:
     """Exact match on phrases of the test part, which training never sees, and a few of them."""
-    config, how = engine.config, engine.config.generation
+    config = engine.config
     samples = list(islice(examples(config.seed, config.data.language, "test"), 4))
-    found = engine.translate([sample.source for sample in samples], beam=how.beam, length_penalty=how.length_penalty)
+    found = engine.translate([sample.source for sample in samples])
     for sample, (best, *_) in zip(samples, found, strict=True):
         mark = "=" if best.text == sample.target else f"≠ {sample.target}"
         console.print(f"  {sample.source} → {best.text}  {mark}", markup=False, highlight=False)

@@ -108,6 +108,18 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return from_dict(RunConfig, values)
 
 
+def load_run(run: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The resolved recipe of a run that was started, with overrides as for `load_recipe`."""
+    path = run / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`--out` must be a run that was started before, but is {str(run)!r} instead.") from error
+    for override in overrides:
+        _override(values, override)
+    return from_dict(RunConfig, values)
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     _require(bool(equals) and bool(dotted), "--set", "of the form a.b=value", override)

@@ -121,7 +121,9 @@ def test_files_are_found_by_name_folder_and_glob_in_order_and_once(tmp_path):
 def test_what_holds_no_text_is_refused_by_name(tmp_path, name):
     write(tmp_path / "empty.txt", "")
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match=r"`data\.files` must be files with text, but .*" + name.replace("*", r"\*")):
+    with pytest.raises(
+        DataError, match=r"`data\.files` must be files with text \(below data.root\), but .*" + name.replace("*", r"\*")
+    ):
         find_files([name], tmp_path)
 
 

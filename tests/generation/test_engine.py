@@ -10,7 +10,7 @@ from triglot import checkpoint
 from triglot.config import RunConfig
 from triglot.errors import ConfigError, DataError
 from triglot.generation import engine as engine_module
-from triglot.generation.engine import Engine
+from triglot.generation.engine import Engine, TextWasCut
 from triglot.models.factory import build_model
 from triglot.recipe import from_dict
 from triglot.tokenizer import Tokenizer, Tokenizers
@@ -109,7 +109,10 @@ def test_target_tags_change_the_source_and_must_be_known():
     assert german[0][0].score != french[0][0].score
     assert texts(engine.translate(["abc", "abc"], tags=["de", "fr"])) == texts(german + french)
     assert not {0, 1, 3, 4} & {token for row in german + french for token in row[0].tokens}
-    with pytest.raises(DataError, match="`the target tag` must be one of de, fr, but is None"):
+    with pytest.raises(
+        DataError,
+        match="`the target tag` must be one of de, fr, since .* tags, but is None",
+    ):
         engine.translate(["abc"])
     with pytest.raises(DataError, match="`tag` must be a known one"):
         engine.translate(["abc"], tags="cs")
@@ -201,9 +204,9 @@ def test_only_whole_documents_begin_with_the_begin_token():
 
 
 def test_each_kind_of_model_has_its_calls(translator, writer):
-    with pytest.raises(ConfigError, match="must be of kind decoder_only for this, but is 'encoder_decoder'"):
+    with pytest.raises(ConfigError, match="must be one that continues texts; .* but is 'encoder_decoder'"):
         translator.generate(["x"])
-    with pytest.raises(ConfigError, match="must be of kind encoder_decoder for this, but is 'decoder_only'"):
+    with pytest.raises(ConfigError, match="must be one that translates; use `generate`, but is 'decoder_only'"):
         writer.translate(["x"])
 
 
@@ -218,3 +221,29 @@ def test_a_run_is_loaded_as_an_engine(writer, tmp_path, dtype):
     assert not engine.model.training
     expected = Engine(model.to(dtype).eval(), writer.config, writer.tokenizers)
     assert engine.generate(PROMPTS, seed=3) == expected.generate(PROMPTS, seed=3)
+
+
+def test_a_text_is_no_list_of_texts(translator, writer):
+    for call in (translator.translate, writer.generate):
+        with pytest.raises(ConfigError, match="must be a list of texts, but is 'abc' instead"):
+            call("abc")
+
+
+def test_what_is_not_said_is_as_the_run_says(translator):
+    lines = ["one", "two three", "a b c d"]
+    how = translator.config.generation
+    said = translator.translate(lines, beam=how.beam, length_penalty=how.length_penalty)
+    assert texts(translator.translate(lines)) == texts(said)
+    assert len(translator.translate(lines, nbest=how.beam + 1)[0]) == how.beam + 1
+
+
+def test_a_line_that_is_too_long_is_translated_as_its_beginning_and_told(translator):
+    limit = translator.model.max_seq_length
+    long = "ab " * limit
+    with pytest.warns(TextWasCut, match=rf"line 2 has \d+ tokens: all beyond {limit} were cut"):
+        found = translator.translate(["a", long], too_long="cut")
+    kept = translator.tokenizers.encode_sources([long], [None])[0]
+    head = translator.tokenizers.source.decode(kept[1 : limit - 1])
+    assert texts(found) == texts(translator.translate(["a", head]))
+    with pytest.raises(DataError, match="`line 2` must be at most"):
+        translator.translate(["a", long])

@@ -51,6 +51,6 @@ def test_loss_speed_scores_and_the_best_are_shown():
     shown.step(LINE | {"step": 11})
     shown.finish(Progress(step=11), stopped=True)
     said = Text.from_ansi(output.getvalue()).plain
-    for text in ("a note", "loss 2.000", "1,234 tokens/s", "bleu 3.1416  best so far", "best validation 1.875"):
+    for text in ("a note", "loss 2.000", "1,234 tokens/s", "bleu 3.1416  best so far", "best loss 1.875"):
         assert text in said
     assert "stopped after step 11;" in said

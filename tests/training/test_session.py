@@ -16,7 +16,7 @@ import torch
 
 from triglot import checkpoint
 from triglot.checkpoint import find_checkpoint, load_model, read_progress, read_weights, step_checkpoints
-from triglot.config import RunConfig
+from triglot.config import RunConfig, TokenizerConfig
 from triglot.errors import CheckpointError, ConfigError, DataError
 from triglot.objective import ExpertStats
 from triglot.recipe import from_dict, load_config, to_dict
@@ -183,7 +183,7 @@ def test_nothing_is_overwritten(tmp_path, data):
     config = make_config(data)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"`run` must be a new folder, since nothing is overwritten, but is"):
+    with pytest.raises(ConfigError, match=r"`run` must be a new folder, since nothing is overwritten .*, but is"):
         train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -197,7 +197,7 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path, data):
 
 
 def test_what_is_no_run_cannot_be_resumed(tmp_path, data):
-    with pytest.raises(CheckpointError, match=r"config\.json to be resumed"):
+    with pytest.raises(CheckpointError, match=r"must be a run that was started before"):
         train(make_config(data), tmp_path / "nowhere", resume=True)
 
 
@@ -295,16 +295,30 @@ def test_a_run_may_start_from_anothers_weights_and_tokenizer(tmp_path, data):
     assert session.last is None
 
 
-def test_a_run_of_another_shape_is_refused_as_a_start_with_every_name(tmp_path, data):
+def test_a_run_of_another_shape_is_refused_as_a_start(tmp_path, data):
     train(make_config(data), tmp_path / "first")
     config = make_config(data)
     wider = dataclasses.replace(config.model, d_ff=13)
     config = dataclasses.replace(
         config, model=wider, init=dataclasses.replace(config.init, from_=str(tmp_path / "first"))
     )
-    with pytest.raises(CheckpointError, match=r"first do not fit the model: .*\[11\], not \[13\]"):
+    with pytest.raises(ConfigError, match=r"`model\.d_ff` must be 11 as in .*first, but is 13 instead"):
         train(config, tmp_path / "second")
     assert not (tmp_path / "second").exists()
+
+
+def test_a_run_that_starts_from_another_records_the_tokenizer_that_it_has_and_can_be_resumed(tmp_path, data):
+    first = make_config(data)
+    train(first, tmp_path / "first")
+    config = dataclasses.replace(
+        first,
+        tokenizer=TokenizerConfig(kind="char"),
+        init=dataclasses.replace(first.init, from_=str(tmp_path / "first")),
+    )
+    train(config, tmp_path / "second")
+    assert load_config(tmp_path / "second" / "config.json").tokenizer == first.tokenizer
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=config.train.max_steps + 1))
+    assert train(longer, tmp_path / "second", resume=True).progress.step == config.train.max_steps + 1
 
 
 def test_the_average_is_the_mean_of_the_last_checkpoints_and_is_scored(tmp_path, data):

@@ -63,7 +63,7 @@ def find_files(patterns: Sequence[str], root: Path, name: str = "data.files") ->
         path = root / Path(pattern).expanduser()
         if path.is_file():
             if not path.stat().st_size:
-                raise DataError(f"`{name}` must be files with text, but {path} is empty instead.")
+                raise DataError(f"`{name}` must be files with text (below data.root), but {path} is empty instead.")
             found[path] = None
             continue
         if path.is_dir():
@@ -73,7 +73,8 @@ def find_files(patterns: Sequence[str], root: Path, name: str = "data.files") ->
             below = anchor.glob(str(path.relative_to(anchor)))
         files = [file for file in sorted(below) if file.is_file() and _looks_like_text(file)]
         if not files:
-            raise DataError(f"`{name}` must be files with text, but {path} is or has none instead.")
+            what = "holds no text" if path.exists() or "*" in pattern else "is not there"
+            raise DataError(f"`{name}` must be files with text (below data.root), but {path} {what} instead.")
         found.update(dict.fromkeys(files))
     return list(found)
 

@@ -3,6 +3,7 @@
 Texts are batched by length; what a text becomes does not depend on the batch, nor a sampled one on its batch mates.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,14 @@ from triglot.tokenizer import Tokenizer, Tokenizers
 
 BATCH_TOKENS = 16_384
 """Positions, of all texts and beams, whose keys and values are held at a time."""
+
+TooLong = Literal["error", "cut"]
+"""What happens with a line that the model can not read whole."""
+
+
+class TextWasCut(UserWarning):
+    """Only the beginning of a text was read."""
+
 
 PastContext = Literal["error", "slide"]
 """What happens where a text outgrows the model's context: refuse, or go on from the last half of it."""
@@ -49,9 +58,14 @@ class Generation(NamedTuple):
 
 
 def load(
-    run: str | Path, *, which: str = "best", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    run: str | Path, *, which: str = "best", device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> "Engine":
-    """The engine of a run's checkpoint `which`: best, last, average, or a number of steps."""
+    """The engine of a run's checkpoint `which`: best, last, average, or a number of steps.
+
+    Without `device` it is on the GPU if there is one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Engine(*load_model(Path(run), which, device, dtype))
 
 
@@ -66,28 +80,40 @@ class Engine:
         self,
         lines: Sequence[str],
         *,
-        beam: int = 4,
+        beam: int | None = None,
         nbest: int = 1,
-        length_penalty: float = 1.0,
+        length_penalty: float | None = None,
         max_new_tokens: int | None = None,
         tags: str | Sequence[str | None] | None = None,
+        too_long: TooLong = "error",
         first_line: int = 1,
     ) -> list[list[Hypothesis]]:
         """The `nbest` best translations of each line, best first; an empty line becomes one empty text.
 
-        `tags` is the target tag of all lines, or of each. Raises DataError for a line that is longer than the model
-        reads, counting from `first_line`, for an unknown tag, and for none where the run was trained with tags.
+        `tags` is the target tag of all lines, or of each. Of a line that is longer than the model reads, the beginning
+        is translated where `too_long` is "cut". Raises DataError for such a line otherwise, counting from `first_line`,
+        for an unknown tag, and for none where the run was trained with tags.
         """
-        model = _expect(self.model, Transformer, "encoder_decoder", self.config)
+        model = _expect(self.model, Transformer, "one that translates; use `generate`", self.config)
+        _refuse_text("lines", lines)
+        how = self.config.generation
+        beam = max(how.beam, nbest) if beam is None else beam
+        length_penalty = how.length_penalty if length_penalty is None else length_penalty
         if isinstance(tags, str) or tags is None:
             known = self.tokenizers.source.tags
-            rule = f"one of {', '.join(known)}"
+            rule = f"one of {', '.join(known)}, since the run was trained with target tags"
             require(tags is not None or not known, "the target tag", rule, tags, DataError)
             tags = [tags] * len(lines)
         sources = self.tokenizers.encode_sources(lines, tags)
+        require(too_long in ("error", "cut"), "too_long", "error or cut", too_long, ConfigError)
         for number, ids in enumerate(sources, first_line):
             rule = f"at most {model.max_seq_length} tokens long (the model's max_seq_length)"
-            require(len(ids) <= model.max_seq_length, f"line {number}", rule, len(ids), DataError)
+            fits = len(ids) <= model.max_seq_length
+            require(fits or too_long == "cut", f"line {number}", rule, len(ids), DataError)
+            if not fits:
+                told = f"line {number} has {len(ids)} tokens: all beyond {model.max_seq_length} were cut"
+                warnings.warn(told, TextWasCut, stacklevel=2)
+                ids[model.max_seq_length - 1 : -1] = []
         limit = self.config.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
         limit = min(limit, model.max_seq_length)
         results = [[Hypothesis("", 0.0, [], truncated=False)] for _ in lines]
@@ -127,6 +153,7 @@ class Engine:
         `max_new_tokens` it is the run's, and no more than fits the context; raises ConfigError where it does not fit
         and `past_context` is "error".
         """
+        _refuse_text("prompts", prompts)
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
         contexts, limits = self._contexts(prompts, max_new_tokens, past_context)
         results: dict[int, Generation] = {}
@@ -174,7 +201,7 @@ class Engine:
 
     @property
     def _window(self) -> int:
-        return _expect(self.model, DecoderLLM, "decoder_only", self.config).max_len
+        return _expect(self.model, DecoderLLM, "one that continues texts; use `translate`", self.config).max_len
 
     def _contexts(
         self, prompts: Sequence[str], max_new_tokens: int | None, past_context: PastContext
@@ -190,11 +217,11 @@ class Engine:
             room = window - len(ids)
             limit = max_new_tokens or self.config.generation.max_new_tokens
             if past_context == "error":
-                rule = f"at most {window - 1} tokens long (the model's context is {window})"
-                require(room >= 1, f"prompt {number}", rule, len(ids), ConfigError)
-                rule = (
-                    f"at most {room} after the {len(ids)} tokens of prompt {number} (the model's context is {window})"
+                beyond = f'(the context is {window}; past_context "slide" goes on beyond)'
+                require(
+                    room >= 1, f"prompt {number}", f"at most {window - 1} tokens long {beyond}", len(ids), ConfigError
                 )
+                rule = f"at most {room} after the {len(ids)} tokens of prompt {number} {beyond}"
                 require(max_new_tokens is None or limit <= room, "max_new_tokens", rule, limit, ConfigError)
                 limit = min(limit, room)
             limits.append(limit)
@@ -205,7 +232,7 @@ class Engine:
         self, contexts: list[list[int]], limits: list[int], sampler: Sampler, generators: list[torch.Generator]
     ) -> Iterator[Token]:
         """New tokens of every row; a row whose context is full goes on from the last half of it."""
-        model = _expect(self.model, DecoderLLM, "decoder_only", self.config)
+        model = _expect(self.model, DecoderLLM, "one that continues texts; use `translate`", self.config)
         window, left, live = model.max_len, list(limits), list(range(len(contexts)))
         require(window >= 2, "max_seq_length", "at least 2 to generate", window, ConfigError)
         while live:
@@ -236,6 +263,11 @@ class Engine:
         return Hypothesis(words, text.score(length_penalty), text.ids, text.truncated)
 
 
+def _refuse_text(name: str, texts: Sequence[str]) -> None:
+    """A text is a sequence of characters, each of which would pass for a text."""
+    require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
+
+
 def _banned(tokenizer: Tokenizer) -> list[int]:
     """Special tokens that stand for no text and no end."""
     tags = [tokenizer.tag_id(tag) for tag in tokenizer.tags]
@@ -259,7 +291,6 @@ def _batches(rows: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _expect(model: Any, kind: type[Any], name: str, config: RunConfig) -> Any:
-    found = config.model.kind
-    require(isinstance(model, kind), "the model of the run", f"of kind {name} for this", found, ConfigError)
+def _expect(model: Any, kind: type[Any], rule: str, config: RunConfig) -> Any:
+    require(isinstance(model, kind), "the model of the run", rule, config.model.kind, ConfigError)
     return model

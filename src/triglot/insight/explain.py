@@ -47,9 +47,7 @@ def explain(
         page = about_text(model, tokenizers.target, text, ids)
     else:
         if target is None:
-            options = {"beam": config.generation.beam, "length_penalty": config.generation.length_penalty}
-            engine = Engine(model, config, tokenizers)
-            found = engine.translate([text], tags=tag, **options)[0][0]  # type: ignore[arg-type]
+            found = Engine(model, config, tokenizers).translate([text], tags=tag)[0][0]
             produced = [token for token in found.tokens if token != Tokenizer.eos_id]
         else:
             produced = tokenizers.target.encode(target)

@@ -17,6 +17,7 @@ class Bar:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console, self.best, self.config = console or Console(), "", TrainConfig()
+        self.last: Line | None = None
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -33,12 +34,20 @@ class Bar:
             self.console.print(note, style="dim", markup=False, highlight=False)
         self.bar.start()
         self.config = config.train
+        if progress.best_score is not None:
+            self.best = f"  best {config.train.keep_best} {progress.best_score:.3f}"
         self.task = self.bar.add_task("training", total=config.train.max_steps, completed=progress.step)
 
     def step(self, line: Line) -> None:
         """Move the bar."""
-        told = f"loss {line['loss']:.3f}{self.best}  {line['tokens_per_second']:,.0f} tokens/s"
-        self.bar.update(self.task, completed=line["step"], total=self.steps(line), description=told)
+        self.last = line
+        self.bar.update(self.task, completed=line["step"], total=self.steps(line), description=self.told())
+
+    def told(self) -> str:
+        """What stands before the bar."""
+        if self.last is None:
+            return "training"
+        return f"loss {self.last['loss']:.3f}{self.best}  {self.last['tokens_per_second']:,.0f} tokens/s"
 
     def steps(self, line: Line) -> int:
         """After how many steps the first of the limits will be reached, by what has been reached so far."""
@@ -51,7 +60,9 @@ class Bar:
         scores = {name: value for name, value in line.items() if name not in ("kind", "step", "seconds")}
         told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         if is_best:
-            self.best = f"  best validation {line['loss']:.3f}"
+            metric = self.config.keep_best
+            self.best = f"  best {metric} {line[metric]:.3f}"
+            self.bar.update(self.task, description=self.told())
         mark = "  best so far" if is_best else ""
         said = f"step {line['step']}: validation {told}{mark}"
         self.console.print(said, markup=False, highlight=False, soft_wrap=True)

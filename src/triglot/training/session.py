@@ -83,11 +83,13 @@ def train(
     """
     reporter = reporter or Silent()
     check(config, evaluators)
+    config = with_tokenizer_of_init(config)
     if resume:
         config = merge(config, stored_config(run))
     else:
         occupied = run.exists() and (not run.is_dir() or any(run.iterdir()))
-        require(not occupied, "run", "a new folder, since nothing is overwritten", str(run), ConfigError)
+        rule = "a new folder, since nothing is overwritten (`--resume` goes on, `--out` names another)"
+        require(not occupied, "run", rule, str(run), ConfigError)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
     with threads(config.train.threads):
@@ -199,6 +201,22 @@ def check(config: RunConfig, evaluators: Sequence[Evaluator]) -> None:
     require(metric == "loss" or bool(evaluators), "evaluators", f"given to find {metric}", list(evaluators))
 
 
+def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
+    """The config with the tokenizer that comes with the run it starts from, whatever it says itself.
+
+    Raises ConfigError where that run's model is of another shape.
+    """
+    if config.init.from_ is None:
+        return config
+    initial = stored_config(Path(config.init.from_))
+    here, there = flat(to_dict(config.model)), flat(to_dict(initial.model))
+    rates = ("dropout", *(f"options.{kind}_dropout" for kind in ("attention", "activation", "embedding")))
+    for key in sorted((here.keys() | there.keys()) - {"vocab_size", "src_vocab_size", *rates}):
+        rule = f"{there.get(key)!r} as in {config.init.from_}"
+        require(here.get(key) == there.get(key), f"model.{key}", rule, here.get(key), ConfigError)
+    return dataclasses.replace(config, tokenizer=initial.tokenizer)
+
+
 def with_vocab_sizes(config: RunConfig, tokenizers: Tokenizers) -> RunConfig:
     """The config with the vocabulary sizes that the tokenizers have."""
     source = tokenizers.source.vocab_size if config.model.kind == "encoder_decoder" else 0
@@ -213,6 +231,7 @@ def replace_in(config: RunConfig, section: str, **values: Any) -> RunConfig:
 def stored_config(run: Path) -> RunConfig:
     """The resolved recipe of a run."""
     path = run / "config.json"
+    require(path.exists(), "run", "a run that was started before, to be resumed", str(run), CheckpointError)
     try:
         return load_config(path)
     except (OSError, ValueError) as error:
