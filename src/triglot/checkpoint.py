@@ -53,6 +53,10 @@ class Progress:
     seconds: float = 0.0
     window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Sums of nats, smoothed nats and tokens since the last line of metrics."""
+    usual: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last applied steps, oldest first: what a spike is told by."""
+    skipped: list[int] = field(default_factory=list)
+    """The steps whose update was not applied."""
     evaluated: int = 0
     """The step of the last evaluation."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -186,7 +190,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 def read_progress(folder: Path) -> Progress:
     """How far a run was at a checkpoint."""
     values = _read_json(folder, "state.json")
-    return Progress(**{entry.name: values[entry.name] for entry in dataclasses.fields(Progress)})
+    names = {entry.name for entry in dataclasses.fields(Progress)}
+    return Progress(**{name: values[name] for name in names & values.keys()})  # an older one may know fewer
 
 
 def read_config(folder: Path) -> RunConfig:

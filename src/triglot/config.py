@@ -226,7 +226,7 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):
-    """How to train; counts of steps are optimizer steps."""
+    """How to train; counts of steps are optimizer steps, and one that is skipped counts as a step."""
 
     max_steps: Count = 1000
     max_epochs: Count | None = None
@@ -250,6 +250,8 @@ class TrainConfig(Checked):
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     adam_eps: Positive = 1e-8
     clip_norm: Positive | None = 1.0
+    max_skipped: Natural = 10
+    """So many of any 128 steps may be skipped, since they are not finite or a spike; one more ends the run."""
     label_smoothing: Rate = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: both are timed on the first batch and the faster one is written into the run."""

@@ -17,8 +17,8 @@ import torch
 from triglot import checkpoint
 from triglot.checkpoint import find_checkpoint, load_model, read_progress, read_weights, step_checkpoints
 from triglot.config import RunConfig, TokenizerConfig
-from triglot.errors import CheckpointError, ConfigError, DataError
-from triglot.objective import ExpertStats
+from triglot.errors import CheckpointError, ConfigError, DataError, TriglotError
+from triglot.objective import ExpertStats, Objective
 from triglot.recipe import from_dict, load_config, to_dict
 from triglot.training.metrics import Silent, describe_experts, read_metrics
 from triglot.training.session import CHOSEN, MAY_CHANGE, Session, flat, merge, train
@@ -78,6 +78,8 @@ class Ending(Silent):
                 raise Crash
             signal.raise_signal(signal.Signals[self.by])
 
+    skipped = step
+
 
 def untimed(run: Path) -> list[dict]:
     lines = read_metrics(run / "metrics.jsonl")
@@ -132,6 +134,45 @@ def test_resumed_is_bit_for_bit_uninterrupted(tmp_path, data, kind, experts, end
         resume = True
     train(config, parts, resume=True)
     assert_same_run(whole, parts)
+
+
+class Spoiled(Objective):
+    """Gives no finite loss for the batches whose numbers of tokens leave a remainder of 1."""
+
+    def forward(self, batch):
+        totals = super().forward(batch)
+        bad = self.training and totals.tokens % 3 == 1
+        return totals._replace(loss=totals.loss * math.nan) if bad else totals
+
+
+def test_resumed_is_uninterrupted_where_steps_are_skipped(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("triglot.training.session.Objective", Spoiled)
+    monkeypatch.setattr("triglot.training.guard.ENOUGH", 3)
+    monkeypatch.setattr("triglot.training.guard.SIGMAS", 1.0)  # so that there are spikes, too
+    config = make_config(data, "encoder_decoder", max_skipped=50, max_steps=23)
+    result = train(config, tmp_path / "whole")
+    reasons = {line["reason"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "reason" in line}
+    assert any("finite" in reason for reason in reasons)
+    assert any("spike" in reason for reason in reasons)
+    assert 0 < len(result.progress.skipped) < 23
+    for number, (step, by) in enumerate([(5, "crash"), (10, "SIGINT"), (15, "crash")]):
+        with pytest.raises(Crash) if by == "crash" else nullcontext():
+            train(config, tmp_path / "parts", resume=number > 0, reporter=Ending(step, by))
+    train(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_skipped_too_much_goes_on_from_its_last_checkpoint_where_more_is_allowed(
+    tmp_path, data, monkeypatch
+):
+    monkeypatch.setattr("triglot.training.session.Objective", Spoiled)
+    config = make_config(data, "encoder_decoder", max_skipped=2)
+    with pytest.raises(TriglotError, match=r"train\.max_skipped allows 2 of 128 steps"):
+        train(config, tmp_path / "run")
+    more = make_config(data, "encoder_decoder", max_skipped=50)
+    assert train(more, tmp_path / "run", resume=True).progress.step == 11
+    train(more, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_resumed_in_bf16_is_bit_for_bit_uninterrupted(tmp_path, data):

@@ -16,6 +16,7 @@ from triglot.data.batch import IGNORED, LanguageBatch
 from triglot.errors import ConfigError, DataError, TriglotError
 from triglot.models.factory import build_model
 from triglot.objective import Objective, score_batches
+from triglot.training.guard import ENOUGH
 from triglot.training.metrics import MetricsLog, Silent, read_metrics
 from triglot.training.optim import learning_rate, make_optimizer
 from triglot.training.precision import faster_precision, has_bf16
@@ -204,24 +205,107 @@ def test_a_stop_at_an_evaluation_is_saved_unevaluated_and_evaluated_on_going_on(
     assert [(progress.step, progress.evaluated) for progress in run.saved[1:]] == [(3, 3), (6, 6), (7, 7)]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_is_never_applied(tmp_path, where):
+class Harm:
+    """Spoils the passes over some micro-batches, counted from 0 in a run without accumulation."""
+
+    def __init__(self, run: Run, where: str, factor: float, *passes: int) -> None:
+        self.factor, self.passes, self.count = factor, passes, -1
+        objective = run.trainer.objective
+        objective.register_forward_pre_hook(self.begin)
+        match where:
+            case "loss":
+                objective.register_forward_hook(self.spoil_totals)
+            case "gradient":
+                run.model.lm_head.weight.register_hook(self.spoil)
+            case "data":  # what an embedding makes of a batch
+                run.model.embedding.register_forward_hook(lambda *given: (self.spoil(given[-1][0]), given[-1][1]))
+
+    def begin(self, objective, arguments) -> None:
+        self.count += objective.training
+
+    def spoil(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * self.factor if self.count in self.passes else tensor
+
+    def spoil_totals(self, objective, arguments, totals):
+        return totals._replace(**{name: self.spoil(getattr(totals, name)) for name in ("loss", "smoothed", "nll")})
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient", "data"])
+def test_what_is_not_finite_is_skipped_and_logged_with_its_batches(tmp_path, where, factor):
+    run = Run(tmp_path, accumulate=2)
+    Harm(run, where, factor, 6)  # of the 4th step
+    before, told = [], []
+    run.trainer.reporter.skipped = told.append
+    batches_of = run.trainer.gradients
+
+    def gradients(batches):
+        before.append([weight.clone() for weight in run.model.parameters()])
+        return batches_of(batches)
+
+    run.trainer.gradients = gradients
+    assert run.fit() is None
+    (line,) = run.lines("skipped")
+    assert told == [line]
+    assert (line["step"], line["batches"]) == (4, [[1, 1], [1, 2]])
+    assert "not finite" in line["reason"]
+    assert line["loss"] is None or math.isfinite(line["loss"])
+    assert line["grad_norm"] is None
+    assert all(torch.equal(old, new) for old, new in zip(before[3], before[4], strict=True))
+    assert not any(torch.equal(old, new) for old, new in zip(before[4], before[5], strict=True))
+    assert run.progress.skipped == [4]
+    assert run.progress.step == 7
+    assert [line["step"] for line in run.lines("train")] == [1, 2, 3, 5, 6, 7]
+    assert all(math.isfinite(line["loss"]) for line in (*run.lines("train"), *run.lines("eval")))
+    assert all(weight.isfinite().all() for weight in run.model.parameters())
+    assert all(value.isfinite().all() for state in run.optimizer.state.values() for value in state.values())
+
+
+def test_a_skipped_step_is_a_step_of_the_data_and_of_the_schedule_but_not_of_the_optimizer(tmp_path):
     run = Run(tmp_path)
-    weight = run.model.lm_head.weight
-    if where == "loss":
-        run.trainer.objective.register_forward_hook(
-            lambda *arguments: arguments[-1]._replace(
-                loss=arguments[-1].loss * math.nan, smoothed=torch.tensor(math.nan)
-            )
-        )
-    else:
-        weight.register_hook(lambda gradient: gradient * math.inf)
-    before = [each.clone() for each in run.model.parameters()]
-    with pytest.raises(TriglotError, match=r"Step 1 has a loss of .* not applied"):
+    Harm(run, "loss", math.nan, 2)
+    run.fit()
+    lines = run.lines("train")
+    assert [line["learning_rate"] for line in lines] == [learning_rate(line["step"], run.config) for line in lines]
+    assert (run.progress.epoch, run.progress.index) == (1, 2)
+    assert {state["step"].item() for state in run.optimizer.state.values()} == {6}
+
+
+@pytest.mark.parametrize(("where", "reason"), [("loss", "the loss is a spike"), ("gradient", "the gradient norm is a")])
+def test_a_spike_is_skipped_once_enough_is_known_and_never_becomes_usual(tmp_path, where, reason):
+    spikes = (ENOUGH - 2, ENOUGH + 3, ENOUGH + 4)
+    run = Run(tmp_path, max_steps=ENOUGH + 7, log_every=1000, eval_every=1000)
+    Harm(run, where, 50.0, *spikes)
+    run.fit()
+    lines = run.lines("skipped")
+    assert [line["step"] for line in lines] == [number + 1 for number in spikes[1:]]
+    assert all(line["reason"].startswith(reason) for line in lines)
+    assert len(run.progress.usual) == ENOUGH + 7 - 2
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_too_many_skipped_steps_end_the_run_with_the_weights_of_the_last_good_checkpoint(tmp_path, allowed):
+    run = Run(tmp_path, max_skipped=allowed, eval_every=1)
+    Harm(run, "gradient", math.inf, *range(3, 3 + allowed + 1))
+    number = 4 + allowed
+    rule = (
+        rf"Step {number} had to be skipped, since the gradient norm is not finite \(loss .*, gradient norm (inf|nan)\)"
+    )
+    with pytest.raises(
+        TriglotError, match=rf"{rule}, and train.max_skipped allows {allowed} of 128 steps: the last ch"
+    ):
         run.fit()
-    assert all(torch.equal(old, new) for old, new in zip(before, run.model.parameters(), strict=True))
+    assert run.saved[-1].step == number - 1
+    assert [line["step"] for line in run.lines("skipped")] == list(range(4, number + 1))
+    assert all(weight.isfinite().all() for weight in run.model.parameters())
+
+
+def test_a_run_that_cannot_make_its_first_step_says_that_there_is_no_checkpoint(tmp_path):
+    run = Run(tmp_path, max_skipped=0)
+    Harm(run, "loss", math.nan, 0)
+    with pytest.raises(TriglotError, match="there is no checkpoint yet"):
+        run.fit()
     assert run.saved == []
-    assert run.progress.step == 0
 
 
 def test_epochs_end_a_run_and_the_last_step_takes_what_is_left(tmp_path):
@@ -257,20 +341,21 @@ def test_going_on_from_any_position_gives_what_would_have_come(counts, takes, da
     again = Feed(Windows(*counts), dataclasses.replace(progress), None)
     for take in takes[cut:]:
         for one, other in zip(feed.take(take), again.take(take), strict=True):
-            assert torch.equal(one.input_ids, other.input_ids)
-            assert torch.equal(one.targets, other.targets)
+            assert (one.epoch, one.index) == (other.epoch, other.index)
+            assert torch.equal(one.batch.input_ids, other.batch.input_ids)
+            assert torch.equal(one.batch.targets, other.batch.targets)
 
 
 def test_the_metrics_are_cut_behind_the_checkpoint_and_a_torn_line_is_dropped(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    for line in [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "eval")]:
+    for line in [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "eval", "skipped")]:
         log.write(line)
     log.write({"kind": "average", "step": 2})
     with log.path.open("a") as file:
         file.write('{"kind": "tra')
     log.cut(Progress(step=2, evaluated=1))
     kept = [(line["kind"], line["step"]) for line in map(json.loads, log.path.read_text().splitlines())]
-    assert kept == [("train", 1), ("eval", 1), ("train", 2)]
+    assert kept == [("train", 1), ("eval", 1), ("skipped", 1), ("train", 2), ("skipped", 2)]
 
 
 def test_choosing_a_precision_changes_nothing():

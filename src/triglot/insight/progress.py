@@ -55,6 +55,11 @@ class Bar:
         expected = [math.ceil(line["step"] * limit / done) for limit, done in limits if limit is not None and done > 0]
         return min(self.config.max_steps, *expected) if expected else self.config.max_steps
 
+    def skipped(self, line: Line) -> None:
+        """Say which step was skipped and why."""
+        self.bar.update(self.task, completed=line["step"])
+        self.console.print(f"step {line['step']} skipped: {line['reason']}", markup=False, highlight=False)
+
     def evaluated(self, line: Line, is_best: bool) -> None:
         """Print the scores."""
         scores = {name: value for name, value in line.items() if name not in ("kind", "step", "seconds")}

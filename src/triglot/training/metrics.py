@@ -15,7 +15,11 @@ from triglot.files import sync, write_text
 from triglot.objective import ExpertStats
 
 Line = Mapping[str, Any]
-"""`kind` is train, eval or average; `step` the step after which it was written; losses are nats per token."""
+"""`kind` is train, skipped, eval or average; `step` the step after which it was written; losses are nats per token.
+
+In a skipped line a loss or gradient norm that is not finite is null, and `batches` are the step's micro-batches, each
+as its epoch and its index there.
+"""
 
 
 @runtime_checkable
@@ -27,6 +31,9 @@ class Reporter(Protocol):
 
     def step(self, line: Line) -> None:
         """A step is done; `line` has the same keys as a train line of the metrics, `experts` in logged ones only."""
+
+    def skipped(self, line: Line) -> None:
+        """A step is done whose update was not applied."""
 
     def evaluated(self, line: Line, is_best: bool) -> None:
         """An evaluation is done."""
@@ -42,6 +49,9 @@ class Silent:
         """Show nothing."""
 
     def step(self, line: Line) -> None:
+        """Show nothing."""
+
+    def skipped(self, line: Line) -> None:
         """Show nothing."""
 
     def evaluated(self, line: Line, is_best: bool) -> None:
@@ -75,7 +85,7 @@ class MetricsLog:
 
 
 def _is_before(line: Line, progress: Progress) -> bool:
-    last = {"train": progress.step, "eval": progress.evaluated}
+    last = {"train": progress.step, "skipped": progress.step, "eval": progress.evaluated}
     return bool(line["step"] <= last.get(line["kind"], -1))
 
 

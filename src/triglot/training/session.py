@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.max_epochs",
     "train.max_minutes",
+    "train.max_skipped",
     "train.eval_every",
     "train.log_every",
     "train.average",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -21,11 +22,21 @@ from triglot.data.batch import Batch, num_targets
 from triglot.data.dataset import Dataset
 from triglot.errors import ConfigError, DataError, TriglotError, require
 from triglot.objective import Objective, Totals, autocast, evaluating, score_batches, to_device
+from triglot.training.guard import WINDOW, fault, num_recent
 from triglot.training.metrics import MetricsLog, Reporter, describe_experts
 from triglot.training.optim import learning_rate
 
 Evaluate = Callable[[], Mapping[str, float]]
 """Scores of the model as it is, beside its validation loss; called in evaluation mode."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A batch, and where in the data it is."""
+
+    epoch: int
+    index: int
+    batch: Batch
 
 
 class Feed:
@@ -42,16 +53,16 @@ class Feed:
         """Whether the last epoch is over."""
         return self.max_epochs is not None and self.progress.epoch >= self.max_epochs
 
-    def take(self, count: int) -> list[Batch]:
+    def take(self, count: int) -> list[MicroBatch]:
         """The next `count` micro-batches, fewer at the very end; the position moves on behind them."""
-        taken: list[Batch] = []
+        taken: list[MicroBatch] = []
         at = self.progress
         while len(taken) < count and not self.empty:
             if self.batches is None:
                 self.length = self.data.num_batches(at.epoch)
                 require(self.length > 0, "the number of training batches", "at least 1", self.length, DataError)
                 self.batches = iter(self.data.epoch(at.epoch, at.index))
-            taken.append(next(self.batches))
+            taken.append(MicroBatch(at.epoch, at.index, next(self.batches)))
             at.index += 1
             if at.index == self.length:
                 at.epoch, at.index, self.batches = at.epoch + 1, 0, None
@@ -105,6 +116,11 @@ class Gradients(NamedTuple):
     norm: Tensor
     passes: list[Totals]
 
+    @property
+    def loss(self) -> float:
+        """Nats per token, unsmoothed."""
+        return self.nll / self.tokens
+
 
 class Trainer:
     """Trains an objective's model from `progress` on until the config, the data or a signal ends it."""
@@ -133,22 +149,22 @@ class Trainer:
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.began = time.perf_counter() - progress.seconds
         self.lap, self.lap_tokens = time.perf_counter(), 0
+        self.saved = progress.step
+        """The step of the last checkpoint."""
 
     def fit(self) -> int | None:
         """Train; returns the signal that stopped it, or None. Either way the last checkpoint is of the last step."""
-        saved = self.progress.step
         with stop_requests() as stop:
             while not stop.requested:
                 finished, paused = self.finished(), time.perf_counter()
                 if (finished or self.progress.step % self.config.eval_every == 0) and self.evaluate(stop):
                     self.checkpoint()
-                    saved = self.progress.step
                     self.lap += time.perf_counter() - paused
                 if finished:
                     break
                 if not stop.requested:
                     self.step(self.feed.take(self.config.accumulate))
-            if saved != self.progress.step:
+            if self.saved != self.progress.step:
                 self.checkpoint()
         return stop.signal
 
@@ -158,23 +174,49 @@ class Trainer:
         out_of_time = limit is not None and minutes >= limit
         return self.progress.step >= self.config.max_steps or self.feed.empty or out_of_time
 
-    def step(self, batches: Sequence[Batch]) -> None:
-        """One step of the optimizer over all of `batches`, as if they were one."""
+    def step(self, taken: Sequence[MicroBatch]) -> None:
+        """One step of the optimizer over all of `taken`, as if they were one batch; skipped if it would do harm."""
         number = self.progress.step + 1
-        found = self.gradients(batches)
-        finite = math.isfinite(found.smoothed) and bool(found.norm.isfinite())
-        if not finite:
-            raise TriglotError(
-                f"Step {number} has a loss of {found.nll / found.tokens} and gradients of norm {found.norm.item()}:"
-                " it was not applied, and nothing was saved after it. A lower train.learning_rate, a longer"
-                " train.warmup_steps or train.precision = fp32 may help."
-            )
+        found = self.gradients([one.batch for one in taken])
+        reason = fault(found.loss, found.norm.item(), self.progress.usual)
+        if reason is None:
+            self.apply(number, found)
+            self.tell(number, found)
+        else:
+            self.skip(number, found, taken, reason)
+
+    def apply(self, number: int, found: Gradients) -> None:
+        """Change the weights."""
         if self.config.clip_norm is not None:
             clip_grads_with_norm_(self.weights, self.config.clip_norm, found.norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
         self.optimizer.step()
-        self.tell(number, found)
+
+    def skip(self, number: int, found: Gradients, taken: Sequence[MicroBatch], reason: str) -> None:
+        """Leave weights and optimizer as they are and say so; raises TriglotError where that happens too often.
+
+        It counts as a step: what comes after has the data and the learning rate that it would have had.
+        """
+        at, loss, norm = self.progress, found.loss, found.norm.item()
+        at.step, at.seconds, at.skipped = number, time.perf_counter() - self.began, [*at.skipped, number]
+        line = {
+            "kind": "skipped",
+            "step": number,
+            "reason": reason,
+            "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "batches": [[one.epoch, one.index] for one in taken],
+        }
+        self.log.write(line)
+        self.reporter.skipped(line)
+        if num_recent(at.skipped, number) > self.config.max_skipped:
+            last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
+            raise TriglotError(
+                f"Step {number} had to be skipped, since {reason} (loss {loss}, gradient norm {norm}), and"
+                f" train.max_skipped allows {self.config.max_skipped} of {WINDOW} steps: {last}."
+                " A lower train.learning_rate, a longer train.warmup_steps or train.precision = fp32 may help."
+            )
 
     def gradients(self, batches: Sequence[Batch]) -> Gradients:
         """Gradients of the mean loss over all scored tokens of `batches`."""
@@ -196,6 +238,7 @@ class Trainer:
         at, now = self.progress, time.perf_counter()
         at.step, at.tokens, at.seconds = number, at.tokens + found.tokens, now - self.began
         new = (found.nll, found.smoothed, found.tokens)
+        at.usual = [*at.usual, [found.loss, found.norm.item()]][-WINDOW:]
         at.window = [total + value for total, value in zip(at.window, new, strict=True)]
         self.lap_tokens += found.tokens
         line: dict[str, Any] = {
@@ -260,3 +303,4 @@ class Trainer:
         """Save everything, after the metrics up to here are safe."""
         self.log.sync()
         self.save(self.progress)
+        self.saved = self.progress.step
