@@ -102,9 +102,11 @@ def save_checkpoint(
     model: nn.Module,
     progress: Progress,
     optimizer: Optimizer | None = None,
+    random: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write weights, optimizer, random state and progress as `checkpoints/name`, or leave everything as it was.
 
+    `random` are the random states of all of a run's processes, where it has several.
     Raises CheckpointError where the disk does not take it.
     """
     folder, partial = run / "checkpoints" / name, run / "checkpoints" / f".writing-{name}"
@@ -114,7 +116,7 @@ def save_checkpoint(
         _save_tensors(weights_of(model), partial / "model.safetensors")
         if optimizer is not None:
             _save_tensors(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-            _save_tensors(random_state(), partial / "rng.safetensors")
+            _save_tensors(random_state() if random is None else random, partial / "rng.safetensors")
         write_json(partial / "config.json", to_dict(config))
         write_json(partial / "state.json", dataclasses.asdict(progress) | {"torch": torch.__version__})
         beside = [f"../../{file}" for file in TOKENIZER_FILES if (run / file).exists()]
@@ -242,8 +244,13 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> 
     """Put model, optimizer and random state into the state of a checkpoint, and return how far it was."""
     set_weights(model, read_weights(folder), str(folder))
     set_optimizer_tensors(model, optimizer, load_file(_verified(folder, "optimizer.safetensors")), str(folder))
-    set_random_state(load_file(_verified(folder, "rng.safetensors")))
+    set_random_state(read_random_state(folder))
     return read_progress(folder)
+
+
+def read_random_state(folder: Path) -> dict[str, Tensor]:
+    """The random states that a checkpoint was made with."""
+    return load_file(_verified(folder, "rng.safetensors"))
 
 
 # Tensors by name

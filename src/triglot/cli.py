@@ -154,6 +154,7 @@ def train(
     if dry_run:
         typer.echo(json.dumps(to_dict(config), indent=2, ensure_ascii=False))
         return
+    from triglot.distributed.team import this_rank
     from triglot.evaluation import score_translations
     from triglot.insight.curves import draw
     from triglot.insight.progress import Bar
@@ -164,9 +165,10 @@ def train(
     run = out or Path("runs") / path.stem
     evaluators = [score_translations] if config.train.keep_best != "loss" else []
     result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=_device(device))
-    if (run / "metrics.jsonl").exists():  # a run stopped in its first steps has logged nothing
-        draw(run / "metrics.jsonl", run / "curves.png")
-    typer.echo(f"{run}: best checkpoint {result.progress.best or 'none yet'}, last step {result.progress.step}")
+    if this_rank() == 0:
+        if (run / "metrics.jsonl").exists():  # a run stopped in its first steps has logged nothing
+            draw(run / "metrics.jsonl", run / "curves.png")
+        typer.echo(f"{run}: best checkpoint {result.progress.best or 'none yet'}, last step {result.progress.step}")
     raise typer.Exit(result.exit_code)
 
 

@@ -256,6 +256,8 @@ class TrainConfig(Checked):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: both are timed on the first batch and the faster one is written into the run."""
     threads: Count | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each has the whole model (DDP), or a part of every weight and its state (FSDP2)."""
     eval_every: Count = 200
     """Steps between evaluations and checkpoints."""
     log_every: Count = 10

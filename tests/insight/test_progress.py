@@ -49,8 +49,17 @@ def test_loss_speed_scores_and_the_best_are_shown():
     shown.step(LINE)
     shown.evaluated({"kind": "eval", "step": 10, "loss": 1.875, "bleu": math.pi}, is_best=True)
     shown.step(LINE | {"step": 11})
+    shown.skipped({"kind": "skipped", "step": 12, "reason": "the loss is a spike"})
+    assert shown.bar.tasks[0].completed == 12
     shown.finish(Progress(step=11), stopped=True)
     said = Text.from_ansi(output.getvalue()).plain
-    for text in ("a note", "loss 2.000", "1,234 tokens/s", "bleu 3.1416  best so far", "best loss 1.875"):
+    for text in (
+        "a note",
+        "loss 2.000",
+        "1,234 tokens/s",
+        "bleu 3.1416  best so far",
+        "best loss 1.875",
+        "step 12 skipped: the loss is a spike",
+    ):
         assert text in said
     assert "stopped after step 11;" in said

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from triglot.checkpoint import Progress
 from triglot.config import ModelConfig, TrainConfig
 from triglot.data.batch import IGNORED, LanguageBatch
+from triglot.distributed.parallel import Parallel
+from triglot.distributed.team import Team
 from triglot.errors import ConfigError, DataError, TriglotError
 from triglot.models.factory import build_model
 from triglot.objective import Objective, score_batches
@@ -73,8 +75,7 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
         self.trainer = Trainer(
             self.config,
-            Objective(self.model, smoothing),
-            self.optimizer,
+            Parallel(Team(), Objective(self.model, smoothing), self.optimizer),
             data or Windows(5),
             Windows(2),
             progress=self.progress,
@@ -210,7 +211,7 @@ class Harm:
 
     def __init__(self, run: Run, where: str, factor: float, *passes: int) -> None:
         self.factor, self.passes, self.count = factor, passes, -1
-        objective = run.trainer.objective
+        objective = run.trainer.parallel.whole
         objective.register_forward_pre_hook(self.begin)
         match where:
             case "loss":

@@ -41,6 +41,13 @@ def num_targets(batch: Batch) -> int:
     return int((targets != IGNORED).sum())
 
 
+def unscored(batch: Batch) -> Batch:
+    """The batch with nothing to learn from it: what a process goes through that has no batch left of a step."""
+    if isinstance(batch, PairBatch):
+        return batch._replace(tgt_out=torch.full_like(batch.tgt_out, IGNORED))
+    return batch._replace(targets=torch.full_like(batch.targets, IGNORED))
+
+
 def padded(rows: Sequence[ArrayLike], value: int = Tokenizer.pad_id) -> Int[Tensor, "rows longest"]:
     """Rows of ids as one rectangle, filled up with `value` on the right."""
     arrays = [np.asarray(row, np.int64) for row in rows]

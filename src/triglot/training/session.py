@@ -12,16 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from triglot import checkpoint
 from triglot.checkpoint import Progress
 from triglot.config import RunConfig
 from triglot.data.prepare import Prepared, prepare
+from triglot.distributed.parallel import Parallel, parallel
+from triglot.distributed.team import Team, local_device, team
 from triglot.errors import CheckpointError, ConfigError, require
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
-from triglot.recipe import load_config, to_dict
+from triglot.recipe import from_dict, load_config, to_dict
 from triglot.tokenizer import Tokenizers
 from triglot.training.metrics import MetricsLog, Reporter, Silent
 from triglot.training.optim import make_optimizer
@@ -39,8 +42,12 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.log_every",
     "train.average",
+    "train.parallel",
 )
-"""What a resumed run may have changed: when it ends and what is told. Cosine and linear rates follow max_steps."""
+"""What a resumed run may have changed: when it ends, what is told, and how processes share the work.
+
+Cosine and linear rates follow max_steps.
+"""
 
 CHOSEN = {
     "model.vocab_size": 0,
@@ -79,80 +86,96 @@ def train(
     """Train what `config` describes in the folder `run`, or with `resume` go on where its last checkpoint is.
 
     A resumed run is bit for bit the uninterrupted one where processor, threads and PyTorch are the same. Ctrl-C and
-    SIGTERM end the run after the current step with a checkpoint. Raises ConfigError where the folder is not empty, or
-    on resuming a run of another recipe, DataError for data that can not be used, CheckpointError for a damaged run.
+    SIGTERM end the run after the current step with a checkpoint. Where a launcher such as torchrun has started several
+    processes, each of them calls this, and together they train the one run. Raises ConfigError where the folder is not
+    empty, or on resuming a run of another recipe, DataError for data that can not be used, CheckpointError for a
+    damaged run.
     """
-    reporter = reporter or Silent()
-    check(config, evaluators)
+    where = local_device(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    with team(where) as processes:
+        check(config, evaluators, processes.size)
+        if processes.is_first:
+            config = beginning(config, run, resume)
+        config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
+        with threads(config.train.threads):
+            with removed_on_failure(run if processes.is_first and not resume else None):
+                session = Session(config, run, where, processes)
+            return session.train(evaluators, reporter if reporter and processes.is_first else Silent())
+
+
+def beginning(config: RunConfig, run: Path, resume: bool) -> RunConfig:
+    """What a run begins with: the given recipe in a new folder, or with `resume` what the run's own leaves of it."""
     config = with_tokenizer_of_init(config)
     if resume:
-        config = merge(config, stored_config(run))
-    else:
-        occupied = run.exists() and (not run.is_dir() or any(run.iterdir()))
-        rule = "a new folder, since nothing is overwritten (`--resume` goes on, `--out` names another)"
-        require(not occupied, "run", rule, str(run), ConfigError)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
-    with threads(config.train.threads):
-        with removed_on_failure(None if resume else run):
-            session = Session(config, run, where)
-        return session.train(evaluators, reporter)
+        return merge(config, stored_config(run))
+    occupied = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    rule = "a new folder, since nothing is overwritten (`--resume` goes on, `--out` names another)"
+    require(not occupied, "run", rule, str(run), ConfigError)
+    return config
 
 
 class Session:
-    """A run whose data is prepared, whose model stands, and whose open choices are made and written down."""
+    """A run whose data is prepared, whose model stands, and whose open choices are made and written down.
 
-    def __init__(self, config: RunConfig, run: Path, device: torch.device) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        self.run, self.device = run, device
-        checkpoint.write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
-        self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
+    Of several processes the first prepares and chooses, the others wait and then read what it has written.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, device: torch.device, team: Team = Team()) -> None:
+        self.run, self.device, self.team = run, device, team
+        self.last, tokenizers, self.changes = None, None, list[str]()
+        if team.is_first:
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
+            self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
+        else:
+            resolved, last = team.told(None)
+            config, tokenizers = from_dict(RunConfig, resolved), Tokenizers.load(run)
+            self.last = None if last is None else run / "checkpoints" / last
         initial = None
         if config.init.from_ is not None and self.last is None:
             initial = checkpoint.load_model(Path(config.init.from_))
-        tokenizers = None if initial is None else initial.tokenizers
+            tokenizers = initial.tokenizers
         if self.last is not None:
             tokenizers = checkpoint.load_tokenizers(run, self.last)
         self.prepared = prepare(config, run, tokenizers)
-        self.prepared.tokenizers.save(run)
         torch.manual_seed(config.seed)
         config = with_vocab_sizes(config, self.prepared.tokenizers)
         self.model = build_model(config.model).to(device)
         if initial is not None:
             checkpoint.set_weights(self.model, checkpoint.weights_of(initial.model), str(config.init.from_))
         self.objective = Objective(self.model, config.train.label_smoothing)
+        self.config = config
+        if team.is_first:
+            self.choose()
+            team.told([to_dict(self.config), None if self.last is None else self.last.name])
+
+    def choose(self) -> None:
+        """Make the choices that are still open, and write down all that the run began with."""
+        config = self.config
         if config.train.precision == "auto":
             batch = next(iter(self.prepared.train.epoch(0)))
-            config = replace_in(config, "train", precision=faster_precision(self.objective, batch, device))
+            config = replace_in(config, "train", precision=faster_precision(self.objective, batch, self.device))
         self.config = config
-        checkpoint.write_json(run / "config.json", to_dict(config))
-        now = environment(config, device)
-        self.changes = changes(run / "environment.json", now)
-        checkpoint.write_json(run / "environment.json", now)
+        self.prepared.tokenizers.save(self.run)
+        checkpoint.write_json(self.run / "config.json", to_dict(config))
+        now = environment(config, self.device, self.team.size)
+        self.changes = changes(self.run / "environment.json", now)
+        checkpoint.write_json(self.run / "environment.json", now)
 
     def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
         """Train from the last checkpoint, or from the start, to the end."""
-        optimizer = make_optimizer(self.model, self.config.train)
-        progress = Progress()
-        if self.last is not None:
-            progress = checkpoint.restore_checkpoint(self.last, self.model, optimizer)
-        checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
+        together, progress = self.together()
         log = MetricsLog(self.run / "metrics.jsonl")
-        log.cut(progress)
-
-        def save(progress: Progress) -> None:
-            name = checkpoint.step_name(progress.step)
-            checkpoint.save_checkpoint(self.run, name, self.config, self.model, progress, optimizer)
-            checkpoint.remove_checkpoints(self.run, keep=max(2, self.config.train.average))
-
+        if self.team.is_first:
+            checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
+            log.cut(progress)
         trainer = Trainer(
             self.config.train,
-            self.objective,
-            optimizer,
+            together,
             self.prepared.train,
             self.prepared.valid,
             progress=progress,
-            save=save,
+            save=partial(self.save, together),
             evaluators=[partial(evaluator, self.model, self.prepared, self.config) for evaluator in evaluators],
             log=log,
             reporter=reporter,
@@ -162,11 +185,36 @@ class Session:
         signal, averaged = None, None
         try:
             signal = trainer.fit()
-            if signal is None:
+            if signal is None and self.team.is_first:
                 averaged = self.average(trainer)
         finally:
             reporter.finish(progress, signal is not None)
         return RunResult(self.run, progress, averaged, signal)
+
+    def together(self) -> tuple[Parallel[Objective], Progress]:
+        """The model and its optimizer as the processes train them, and how far they are."""
+        train, last = self.config.train, self.last
+        make, progress = partial(make_optimizer, config=train), Progress()
+        optimizer = make(self.objective)
+        states = None
+        if last is not None:
+            progress = checkpoint.restore_checkpoint(last, self.model, optimizer)
+            states = self.team.own(checkpoint.read_random_state(last))
+        if states is not None:
+            checkpoint.set_random_state(states)
+        elif not self.team.is_first:  # the first goes on as it would alone
+            torch.manual_seed(seed_of(self.config.seed, self.team.rank, progress.step))
+        return parallel(train.parallel, self.team, self.objective, optimizer, make), progress
+
+    def save(self, together: Parallel[Objective], progress: Progress) -> None:
+        """Write a checkpoint, the same whatever the number of processes, and remove those that are no longer needed."""
+        together.collect_weights()
+        together.collect_optimizer()
+        random = self.team.together(checkpoint.random_state())
+        if self.team.is_first:
+            name, optimizer = checkpoint.step_name(progress.step), together.whole_optimizer
+            checkpoint.save_checkpoint(self.run, name, self.config, self.model, progress, optimizer, random)
+            checkpoint.remove_checkpoints(self.run, keep=max(2, self.config.train.average))
 
     def average(self, trainer: Trainer) -> dict[str, float] | None:
         """Score the mean of the last `train.average` checkpoints' weights and write it down as one more checkpoint.
@@ -180,7 +228,7 @@ class Session:
         checkpoint.set_weights(self.model, checkpoint.average_weights(folders), checkpoint.AVERAGE)
         scores = trainer.scores(Stop())
         line = {"kind": "average", "step": progress.step, "checkpoints": len(folders), **scores}
-        trainer.log.write(line)
+        trainer.write(line)
         is_best = trainer.is_better(scores)
         if is_best:
             progress.best, progress.best_score = checkpoint.AVERAGE, scores[self.config.train.keep_best]
@@ -192,11 +240,19 @@ class Session:
         """What the data is, and what was chosen."""
         train, size = self.config.train, count_parameters(self.model)
         chosen = f"{size:,} parameters, {train.precision} on {self.device}, {train.threads} threads"
+        if self.team.size > 1:
+            chosen += f" in each of {self.team.size} processes ({train.parallel})"
         return [*self.prepared.report, chosen, *self.changes]
 
 
-def check(config: RunConfig, evaluators: Sequence[Evaluator]) -> None:
-    """Refuse what would only show itself at the first evaluation."""
+def check(config: RunConfig, evaluators: Sequence[Evaluator], num_processes: int) -> None:
+    """Refuse what would only show itself later."""
+    number = config.train.accumulate
+    rule = (
+        f"divisible by the number of processes ({num_processes}), which share a step's micro-batches (such as"
+        f" --set train.accumulate={num_processes} with a train.batch_tokens divided by as much)"
+    )
+    require(number % num_processes == 0, "train.accumulate", rule, number, ConfigError)
     metric, pairs = config.train.keep_best, config.model.kind == "encoder_decoder"
     require(metric == "loss" or pairs, "train.keep_best", "loss in a language model", metric, ConfigError)
     require(metric == "loss" or bool(evaluators), "evaluators", f"given to find {metric}", list(evaluators))
@@ -216,6 +272,11 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
         rule = f"{there.get(key)!r} as in {config.init.from_}"
         require(here.get(key) == there.get(key), f"model.{key}", rule, here.get(key), ConfigError)
     return dataclasses.replace(config, tokenizer=initial.tokenizer)
+
+
+def seed_of(seed: int, rank: int, step: int) -> int:
+    """The seed of a process that has no random state of its own to go on from."""
+    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0])
 
 
 def with_vocab_sizes(config: RunConfig, tokenizers: Tokenizers) -> RunConfig:
@@ -263,7 +324,7 @@ def flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return values
 
 
-def environment(config: RunConfig, device: torch.device) -> dict[str, Any]:
+def environment(config: RunConfig, device: torch.device, num_processes: int) -> dict[str, Any]:
     """Where a run was made: what its last bits depend on."""
     on_gpu = device.type == "cuda"
     return {
@@ -272,6 +333,7 @@ def environment(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name", "cpu"),
+        "processes": num_processes,
         "threads": config.train.threads,
         "precision": config.train.precision,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -7,23 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grads_with_norm_
 
 from triglot.checkpoint import Progress, step_name
 from triglot.config import TrainConfig
-from triglot.data.batch import Batch, num_targets
+from triglot.data.batch import Batch, num_targets, unscored
 from triglot.data.dataset import Dataset
+from triglot.distributed.parallel import Parallel
 from triglot.errors import ConfigError, DataError, TriglotError, require
-from triglot.objective import Objective, Totals, autocast, evaluating, score_batches, to_device
+from triglot.objective import ExpertStats, Objective, Totals, autocast, evaluating, score_batches, to_device
 from triglot.training.guard import WINDOW, fault, num_recent
-from triglot.training.metrics import MetricsLog, Reporter, describe_experts
+from triglot.training.metrics import Line, MetricsLog, Reporter, describe_experts
 from triglot.training.optim import learning_rate
 
 Evaluate = Callable[[], Mapping[str, float]]
@@ -81,8 +81,11 @@ class Stop:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """Note Ctrl-C and SIGTERM instead of dying of them; a second one does what it would do without us."""
+def stop_requests(alone: bool = True) -> Iterator[Stop]:
+    """Note Ctrl-C and SIGTERM instead of dying of them; a second one does what it would do without us.
+
+    Not `alone`, a second one is noted, too: the terminal and the launcher may both hand on the first.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread gets signals
@@ -91,7 +94,8 @@ def stop_requests() -> Iterator[Stop]:
 
     def note(number: int, _: FrameType | None) -> None:
         stop.signal = number
-        restore()
+        if alone:
+            restore()
 
     def restore() -> None:
         for number, handler in before.items():
@@ -122,14 +126,26 @@ class Gradients(NamedTuple):
         return self.nll / self.tokens
 
 
+def _tensors(totals: Totals) -> tuple[Tensor, ...]:
+    return (*totals[:4], *(totals.experts or ()))
+
+
+def _totals(tensors: Sequence[Tensor]) -> Totals:
+    loss, smoothed, nll, tokens, *experts = tensors
+    return Totals(loss, smoothed, nll, tokens, ExpertStats(*experts) if experts else None)
+
+
 class Trainer:
-    """Trains an objective's model from `progress` on until the config, the data or a signal ends it."""
+    """Trains an objective's model from `progress` on until the config, the data or a signal ends it.
+
+    Several processes go through the same steps: they share a step's micro-batches, agree on whether to go on, and wait
+    while the first one evaluates and saves.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
-        objective: Objective,
-        optimizer: Optimizer,
+        parallel: Parallel[Objective],
         data: Dataset,
         valid: Dataset,
         *,
@@ -141,12 +157,11 @@ class Trainer:
         device: torch.device,
     ) -> None:
         assert config.precision != "auto"
-        self.config, self.objective, self.optimizer = config, objective, optimizer
+        self.config, self.parallel, self.team = config, parallel, parallel.team
         self.valid, self.evaluators, self.save = valid, evaluators, save
         self.progress, self.log, self.reporter = progress, log, reporter
         self.device, self.precision = device, config.precision
         self.feed = Feed(data, progress, config.max_epochs)
-        self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.began = time.perf_counter() - progress.seconds
         self.lap, self.lap_tokens = time.perf_counter(), 0
         self.saved = progress.step
@@ -154,24 +169,28 @@ class Trainer:
 
     def fit(self) -> int | None:
         """Train; returns the signal that stopped it, or None. Either way the last checkpoint is of the last step."""
-        with stop_requests() as stop:
-            while not stop.requested:
+        with stop_requests(alone=self.team.size == 1) as stop:
+            while not self.stopped(stop):
                 finished, paused = self.finished(), time.perf_counter()
-                if (finished or self.progress.step % self.config.eval_every == 0) and self.evaluate(stop):
+                due = finished or self.progress.step % self.config.eval_every == 0
+                if due and self.evaluate(stop):
                     self.checkpoint()
                     self.lap += time.perf_counter() - paused
-                if finished:
+                if finished or (due and self.stopped(stop)):
                     break
-                if not stop.requested:
-                    self.step(self.feed.take(self.config.accumulate))
+                self.step(self.feed.take(self.config.accumulate))
             if self.saved != self.progress.step:
                 self.checkpoint()
-        return stop.signal
+            return self.stopped(stop)
+
+    def stopped(self, stop: Stop) -> int | None:
+        """The signal that came to any process; all of them hear of it here and nowhere else."""
+        return self.team.highest(stop.signal or 0) or None
 
     def finished(self) -> bool:
         """Whether steps, epochs or minutes are used up."""
         limit, minutes = self.config.max_minutes, self.progress.seconds / 60
-        out_of_time = limit is not None and minutes >= limit
+        out_of_time = limit is not None and bool(self.team.highest(minutes >= limit))
         return self.progress.step >= self.config.max_steps or self.feed.empty or out_of_time
 
     def step(self, taken: Sequence[MicroBatch]) -> None:
@@ -187,11 +206,12 @@ class Trainer:
 
     def apply(self, number: int, found: Gradients) -> None:
         """Change the weights."""
+        optimizer = self.parallel.optimizer
         if self.config.clip_norm is not None:
-            clip_grads_with_norm_(self.weights, self.config.clip_norm, found.norm)
-        for group in self.optimizer.param_groups:
+            clip_grads_with_norm_(self.parallel.weights, self.config.clip_norm, found.norm)
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
-        self.optimizer.step()
+        optimizer.step()
 
     def skip(self, number: int, found: Gradients, taken: Sequence[MicroBatch], reason: str) -> None:
         """Leave weights and optimizer as they are and say so; raises TriglotError where that happens too often.
@@ -208,7 +228,7 @@ class Trainer:
             "grad_norm": norm if math.isfinite(norm) else None,
             "batches": [[one.epoch, one.index] for one in taken],
         }
-        self.log.write(line)
+        self.write(line)
         self.reporter.skipped(line)
         if num_recent(at.skipped, number) > self.config.max_skipped:
             last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
@@ -219,19 +239,31 @@ class Trainer:
             )
 
     def gradients(self, batches: Sequence[Batch]) -> Gradients:
-        """Gradients of the mean loss over all scored tokens of `batches`."""
-        self.objective.train()
-        self.optimizer.zero_grad()
+        """Gradients of the mean loss over all scored tokens of `batches`, of which this process computes its share."""
+        self.parallel.module.train()
+        self.parallel.optimizer.zero_grad()
         tokens = max(1, sum(num_targets(batch) for batch in batches))
-        passes = []
-        for batch in batches:
-            with autocast(self.device, self.precision):
-                totals: Totals = self.objective(to_device(batch, self.device))
-            (totals.loss / tokens).backward()
+        missing = -len(batches) % self.team.size  # every process makes as many passes
+        own = self.team.dealt([*batches, *[unscored(batches[-1])] * missing])
+        passes: list[Totals] = []
+        for number, batch in enumerate(own, 1):
+            with self.parallel.passing(is_last=number == len(own)):
+                with autocast(self.device, self.precision):
+                    totals: Totals = self.parallel.module(to_device(batch, self.device))
+                (totals.loss * self.team.size / tokens).backward()
             passes.append(totals._replace(loss=totals.loss.detach()))
-        norm = get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        passes = self.of_all(passes)
         nll, smoothed = (sum(getattr(one, name).item() for one in passes) for name in ("nll", "smoothed"))
-        return Gradients(nll, smoothed, tokens, norm, passes)
+        return Gradients(nll, smoothed, tokens, self.parallel.gradient_norm(), passes)
+
+    def of_all(self, passes: list[Totals]) -> list[Totals]:
+        """The passes of all processes in the order of the micro-batches, without those that filled up a last step."""
+        if self.team.size == 1:
+            return passes
+        stacked = [torch.stack(parts).cpu() for parts in zip(*map(_tensors, passes), strict=True)]
+        everyones = self.team.gathered(stacked)
+        ordered = [[part[number] for part in ones] for number in range(len(passes)) for ones in everyones]
+        return [one for one in map(_totals, ordered) if one.tokens > 0]
 
     def tell(self, number: int, found: Gradients) -> None:
         """Move progress on and report the step; losses are means over the steps since the last logged line."""
@@ -247,7 +279,7 @@ class Trainer:
             "epoch": at.epoch + at.index / self.feed.length,
             "loss": at.window[0] / at.window[2],
             "smoothed": at.window[1] / at.window[2],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.parallel.optimizer.param_groups[0]["lr"],
             "grad_norm": found.norm.item(),
             "tokens": at.tokens,
             "tokens_per_second": self.lap_tokens / (now - self.lap),
@@ -257,7 +289,7 @@ class Trainer:
             experts = [one.experts for one in found.passes if one.experts is not None]
             if experts:
                 line["experts"] = describe_experts(experts)
-            self.log.write(line)
+            self.write(line)
             at.window, self.lap, self.lap_tokens = [0.0, 0.0, 0.0], now, 0
         self.reporter.step(line)
 
@@ -266,7 +298,15 @@ class Trainer:
         at = self.progress
         if at.evaluated == at.step:
             return False
-        scores = self.scores(stop)
+        self.parallel.collect_weights()
+        done = self.team.is_first and self.evaluate_here(stop)
+        done, progress = self.team.told([done, asdict(at)])
+        vars(at).update(progress)
+        return bool(done)
+
+    def evaluate_here(self, stop: Stop) -> bool:
+        """Evaluate in this process."""
+        at, scores = self.progress, self.scores(stop)
         if stop.requested:
             return False
         at.evaluated, at.scores, at.seconds = at.step, scores, time.perf_counter() - self.began
@@ -280,7 +320,7 @@ class Trainer:
 
     def scores(self, stop: Stop) -> dict[str, float]:
         """The validation loss, in nats per token, and what the evaluators find."""
-        model = self.objective.model
+        model = self.parallel.whole.model
         batches = itertools.takewhile(lambda _: not stop.requested, self.valid.epoch(0))
         scored = score_batches(model, batches, device=self.device, precision=self.precision)
         scores = {"loss": scored.mean}
@@ -299,8 +339,14 @@ class Trainer:
             return True
         return new < old if self.config.keep_best == "loss" else new > old
 
+    def write(self, line: Line) -> None:
+        """Log a line, once."""
+        if self.team.is_first:
+            self.log.write(line)
+
     def checkpoint(self) -> None:
         """Save everything, after the metrics up to here are safe."""
-        self.log.sync()
+        if self.team.is_first:
+            self.log.sync()
         self.save(self.progress)
         self.saved = self.progress.step

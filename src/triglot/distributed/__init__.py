@@ -1,0 +1,1 @@
+"""Several processes that train one model: the only place that talks to torch.distributed."""

@@ -1,0 +1,127 @@
+"""The processes of a run and what they tell one another; one process alone is a team, too."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triglot.errors import TriglotError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for one that lives, as it prepares data or evaluates; one that dies is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one model. Every process calls a method, or none does."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prepares data, evaluates, reports and writes."""
+        return self.rank == 0
+
+    def highest(self, value: int) -> int:
+        """The largest of the values that the processes give."""
+        if self.size == 1:
+            return value
+        agreed = torch.tensor(value)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
+
+    def told(self, message: Any) -> Any:
+        """What the first process says, as JSON has it; the message of the others is not heard."""
+        if self.size == 1:
+            return message
+        text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(text))
+        dist.broadcast(length, 0)
+        heard = text if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(heard, 0)
+        return json.loads(bytes(heard.tolist()))
+
+    def gathered(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors of each process, of the same shapes everywhere, on the processor."""
+        if self.size == 1:
+            return [list(tensors)]
+        everyones: list[list[Tensor]] = [[] for _ in range(self.size)]
+        for tensor in tensors:
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            dist.all_gather(parts, tensor)
+            for rank, part in enumerate(parts):
+                everyones[rank].append(part)
+        return everyones
+
+    def together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all processes: the first's by name, those of process r by `r/name`."""
+        return {
+            f"{rank}/{name}" if rank else name: tensor
+            for rank, part in enumerate(self.gathered(list(tensors.values())))
+            for name, tensor in zip(tensors, part, strict=True)
+        }
+
+    def own(self, together: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """This process' part of what `together` gave to as many processes; None if they were more or fewer."""
+        if {_rank(name) for name in together} != set(range(self.size)):
+            return None
+        mine = f"{self.rank}/" if self.rank else ""
+        return {name.removeprefix(mine): tensor for name, tensor in together.items() if _rank(name) == self.rank}
+
+    def dealt(self, parts: Sequence[T]) -> Sequence[T]:
+        """This process' share: every `size`-th part."""
+        return parts[self.rank :: self.size]
+
+
+def _rank(name: str) -> int:
+    rank, slash, _ = name.partition("/")
+    return int(rank) if slash else 0
+
+
+def this_rank() -> int:
+    """The number of this process among those that a launcher such as torchrun has started; 0 if it is alone."""
+    return int(os.environ.get("RANK", 0)) if _size() > 1 else 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process where each has one of its own."""
+    if device.type != "cuda" or _size() == 1:
+        return device
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    return own
+
+
+def _size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def team(device: torch.device) -> Iterator[Team]:
+    """The processes that a launcher has started together; gloo joins processors, NCCL GPUs.
+
+    Raises TriglotError where another process has ended before its time.
+    """
+    if _size() == 1:
+        yield Team()
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if "onnection" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise TriglotError(
+            "Another process of the run has ended, so this one ends, too; --resume goes on from the last checkpoint."
+        ) from error
+    finally:
+        dist.destroy_process_group()
