@@ -25,13 +25,15 @@ from triglot.checkpoint import Progress
 from triglot.config import BlockOptions, DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from triglot.data.batch import IGNORED, Batch, LanguageBatch, PairBatch, num_targets
 from triglot.data.prepare import prepare
+from triglot.distributed.parallel import Parallel
+from triglot.distributed.team import Team
 from triglot.layers.masks import create_padding_mask
 from triglot.models.factory import build_model
 from triglot.objective import Objective
 from triglot.training.allocator import keep_freed_memory
 from triglot.training.metrics import MetricsLog, Silent
 from triglot.training.optim import make_optimizer
-from triglot.training.trainer import Trainer
+from triglot.training.trainer import MicroBatch, Trainer
 
 LAYERS, WIDTH, HEADS, CONTEXT, VOCAB, ROWS = 6, 384, 6, 256, 256, 16
 PAIR = {"d_model": 128, "d_ff": 256, "num_layers": 4, "num_heads": 4, "max_seq_length": 128}
@@ -75,8 +77,7 @@ def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch])
     folder = Path(tempfile.mkdtemp())
     trainer = Trainer(
         train,
-        objective,
-        make_optimizer(objective.model, train),
+        Parallel(Team(), objective, make_optimizer(objective.model, train)),
         data=None,  # type: ignore[arg-type]
         valid=None,  # type: ignore[arg-type]
         progress=Progress(),
@@ -90,7 +91,7 @@ def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch])
 
     def step() -> int:
         batch = next(turns)
-        trainer.step([batch])
+        trainer.step([MicroBatch(0, 0, batch)])
         return num_targets(batch)
 
     return step

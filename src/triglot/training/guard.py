@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+
+import numpy as np
 
 WINDOW = 128
 """Applied steps that say what is usual."""
@@ -16,8 +17,8 @@ def fault(loss: float, grad_norm: float, usual: Sequence[Sequence[float]]) -> st
     for number, (name, value) in enumerate({"loss": loss, "gradient norm": grad_norm}.items()):
         if not math.isfinite(value):
             return f"the {name} is not finite"
-        known = [step[number] for step in usual]
-        if len(known) >= ENOUGH and value > fmean(known) + SIGMAS * stdev(known):
+        known = np.array([step[number] for step in usual])
+        if len(known) >= ENOUGH and value > known.mean() + SIGMAS * known.std():
             return f"the {name} is a spike"
     return None
 
