@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from triglot import checkpoint
-from triglot.checkpoint import Progress
+from triglot.checkpoint import Newest, Progress
 from triglot.config import RunConfig
 from triglot.data.prepare import Prepared, prepare
 from triglot.errors import CheckpointError, ConfigError, require
+from triglot.files import write_json
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
 from triglot.recipe import load_config, to_dict
@@ -49,6 +50,9 @@ CHOSEN = {
 }
 """What a recipe may leave open, as it says so; the first start chooses, and a resumed run keeps the choice."""
 
+BEGUN = ".config.json.writing"
+"""All there is of a run that was killed in its very first moment."""
+
 
 class RunResult(NamedTuple):
     """What came of a run."""
@@ -75,7 +79,7 @@ def train(
     reporter: Reporter | None = None,
     device: str | None = None,
 ) -> RunResult:
-    """Train what `config` describes in the folder `run`, or with `resume` go on where its last checkpoint is.
+    """Train what `config` describes in the folder `run`, or with `resume` go on where its newest whole checkpoint is.
 
     A resumed run is bit for bit the uninterrupted one where processor, threads and PyTorch are the same. Ctrl-C and
     SIGTERM end the run after the current step with a checkpoint. Raises ConfigError where the folder is not empty, or
@@ -83,27 +87,30 @@ def train(
     """
     reporter = reporter or Silent()
     check(config, evaluators)
+    newest = None
     if resume:
-        config = merge(config, stored_config(run))
+        newest = checkpoint.newest_whole(run)
+        config = merge(config, stored_config(run, newest.folder))
     else:
-        occupied = run.exists() and (not run.is_dir() or any(run.iterdir()))
+        occupied = run.exists() and (not run.is_dir() or any(path.name != BEGUN for path in run.iterdir()))
         require(not occupied, "run", "a new folder, since nothing is overwritten", str(run), ConfigError)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
     with threads(config.train.threads):
         with removed_on_failure(None if resume else run):
-            session = Session(config, run, where)
+            session = Session(config, run, where, newest)
         return session.train(evaluators, reporter)
 
 
 class Session:
     """A run whose data is prepared, whose model stands, and whose open choices are made and written down."""
 
-    def __init__(self, config: RunConfig, run: Path, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, run: Path, device: torch.device, newest: Newest | None = None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.device = run, device
-        checkpoint.write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
-        self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
+        self.last, self.damaged = newest or Newest(None, {})
+        if not (run / "config.json").exists():
+            write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
         initial = None
         if config.init.from_ is not None and self.last is None:
             initial = checkpoint.load_model(Path(config.init.from_))
@@ -111,6 +118,8 @@ class Session:
         if self.last is not None:
             tokenizers = checkpoint.load_tokenizers(run, self.last)
         self.prepared = prepare(config, run, tokenizers)
+        if self.last is not None:
+            checkpoint.verify_data(self.last)
         self.prepared.tokenizers.save(run)
         torch.manual_seed(config.seed)
         config = with_vocab_sizes(config, self.prepared.tokenizers)
@@ -122,10 +131,10 @@ class Session:
             batch = next(iter(self.prepared.train.epoch(0)))
             config = replace_in(config, "train", precision=faster_precision(self.objective, batch, device))
         self.config = config
-        checkpoint.write_json(run / "config.json", to_dict(config))
+        write_json(run / "config.json", to_dict(config))
         now = environment(config, device)
         self.changes = changes(run / "environment.json", now)
-        checkpoint.write_json(run / "environment.json", now)
+        write_json(run / "environment.json", now)
 
     def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
         """Train from the last checkpoint, or from the start, to the end."""
@@ -133,9 +142,9 @@ class Session:
         progress = Progress()
         if self.last is not None:
             progress = checkpoint.restore_checkpoint(self.last, self.model, optimizer)
-        checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
         log = MetricsLog(self.run / "metrics.jsonl")
         log.cut(progress)
+        notes = [*self.notes(), *self.clear()]
 
         def save(progress: Progress) -> None:
             name = checkpoint.step_name(progress.step)
@@ -155,7 +164,7 @@ class Session:
             reporter=reporter,
             device=self.device,
         )
-        reporter.start(self.config, self.model, progress, self.notes())
+        reporter.start(self.config, self.model, progress, notes)
         signal, averaged = None, None
         try:
             signal = trainer.fit()
@@ -164,6 +173,17 @@ class Session:
         finally:
             reporter.finish(progress, signal is not None)
         return RunResult(self.run, progress, averaged, signal)
+
+    def clear(self) -> list[str]:
+        """Leave only whole checkpoints of what is gone on from, and tell which were damaged."""
+        checkpoint.remove_leftovers(self.run)
+        checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
+        moved = {checkpoint.set_aside(folder): fault for folder, fault in self.damaged.items()}
+        return [
+            f"WARNING: {fault} Training goes on from {self.last.name}; what was damaged is now {aside.name}."
+            for aside, fault in moved.items()
+            if self.last is not None
+        ]
 
     def average(self, trainer: Trainer) -> dict[str, float] | None:
         """Score the mean of the last `train.average` checkpoints' weights and write it down as one more checkpoint.
@@ -210,8 +230,10 @@ def replace_in(config: RunConfig, section: str, **values: Any) -> RunConfig:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-def stored_config(run: Path) -> RunConfig:
-    """The resolved recipe of a run."""
+def stored_config(run: Path, last: Path | None) -> RunConfig:
+    """The resolved recipe of a run: its last checkpoint's, which is known to be whole, if it has one."""
+    if last is not None:
+        return checkpoint.read_config(last)
     path = run / "config.json"
     try:
         return load_config(path)
@@ -262,7 +284,10 @@ def changes(path: Path, now: Mapping[str, Any]) -> list[str]:
     """What is not as it was when the run was last started, and may change its last bits."""
     if not path.exists():
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return [f"{path} is damaged, so nobody knows what has changed since the last start: {error}"]
     differing = [key for key in now if key != "started" and before.get(key) != now[key]]
     return [
         f"{key} is {now[key]} and was {before.get(key)}: results may differ in their last bits" for key in differing
