@@ -141,54 +141,6 @@ def test_a_damaged_state_is_not_resumed_from(run, config, name):
         checkpoint.restore_checkpoint(folder, model, make_optimizer(model, TrainConfig()))
 
 
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@pytest.mark.parametrize("step", [3, 4])
-@pytest.mark.parametrize("victim", ["write_json", "_save_tensors", "_sha256", "sync", "_rename"])
-def test_killed_at_any_moment_of_writing_a_checkpoint_is_readable(run, config, monkeypatch, victim, step):
-    original, calls = getattr(checkpoint, victim), []
-    last_call = {"write_json": 3, "_save_tensors": 3, "_sha256": 6, "sync": 2, "_rename": 1}[victim]
-
-    def die(*arguments):
-        calls.append(arguments)
-        if len(calls) == last_call:
-            raise Killed
-        return original(*arguments)
-
-    monkeypatch.setattr(checkpoint, victim, die)
-    with pytest.raises(Killed):
-        save(run, config, step, "step-00000002")
-    monkeypatch.undo()
-    model = model_of(config, 0)
-    assert (
-        checkpoint.restore_checkpoint(find_checkpoint(run, "last"), model, make_optimizer(model, TrainConfig())).step
-        == 3
-    )
-    save(run, config, step, "step-00000002")
-    assert find_checkpoint(run, "last").name == step_name(step)
-    assert not list((run / "checkpoints").glob(".*"))
-
-
-def test_killed_between_two_renames_the_replaced_checkpoint_is_readable(run, config, monkeypatch):
-    save(run, config, 3, "step-00000003")
-    original = Path.rename
-
-    def die(self, target):
-        if self.name.startswith(".writing"):
-            raise Killed
-        return original(self, target)
-
-    monkeypatch.setattr(Path, "rename", die)
-    with pytest.raises(Killed):
-        save(run, config, 3, "step-00000003")
-    monkeypatch.undo()
-    assert checkpoint.read_progress(find_checkpoint(run, "best")).step == 3
-    save(run, config, 3, "step-00000003")
-    assert [folder.name for folder in checkpoint.step_checkpoints(run)] == [step_name(step) for step in (1, 2, 3)]
-
-
 def test_a_full_disk_is_told_and_leaves_everything_as_it_was(run, config, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

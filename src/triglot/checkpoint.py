@@ -4,19 +4,25 @@
     tokenizer.json                  or source.json and target.json
     metrics.jsonl, environment.json for people; no model is loaded from them
     checkpoints/step-00000200/      config.json, model.safetensors, optimizer.safetensors, rng.safetensors, state.json
-                                    and, written last, manifest.json with the SHA-256 of each and of the tokenizer
+                                    and, written last, manifest.json with the SHA-256 of each, of the tokenizer and of
+                                    data/manifest.json
     checkpoints/average/            the same without optimizer: the mean of the last checkpoints' weights
+    checkpoints/damaged-step-…/     what --resume found damaged, and nothing reads any more
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so it is whole or not there; the rename is
 the one moment at which the run moves on. There are no pointers to keep in step: the last checkpoint is the one with the
 highest number, and its state.json names the best.
+
+What is damaged later is never loaded. Training goes on from the newest checkpoint that is whole; a model to be used is
+the one that was asked for, or an error that names the damaged file and the checkpoints that are whole.
 """
 
 import dataclasses
-import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +34,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triglot.config import RunConfig
-from triglot.errors import CheckpointError, ConfigError, require
-from triglot.files import sync, write_text
+from triglot.errors import CheckpointError, ConfigError, DamagedError, require
+from triglot.files import sync, write_json
+from triglot.manifest import find_damage, verified, write_manifest
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.models.factory import build_model
@@ -38,6 +45,8 @@ from triglot.tokenizer import Tokenizers
 
 AVERAGE = "average"
 TOKENIZER_FILES = ("tokenizer.json", "source.json", "target.json")
+DATA_FILE = "data/manifest.json"
+STEP_FOLDER = r"step-\d+(\.replaced)?"
 
 
 @dataclass
@@ -72,8 +81,8 @@ def step_name(step: int) -> str:
 
 
 def step_checkpoints(run: Path) -> list[Path]:
-    """A run's whole checkpoints, oldest first; one that is being replaced precedes its successor."""
-    folders = (manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+    """A run's checkpoints, oldest first; one that is being replaced precedes its successor."""
+    folders = (path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(STEP_FOLDER, path.name))
     return sorted(folders, key=lambda folder: (folder.stem, not folder.suffix))
 
 
@@ -81,7 +90,7 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     """The folder of the checkpoint called `which`: best, last, average, or a number of steps."""
     steps, average = step_checkpoints(run), run / "checkpoints" / AVERAGE
     require(bool(steps), "run", "a folder with checkpoints", str(run), CheckpointError)
-    averaged = (average / "manifest.json").exists()
+    averaged = average.exists()
     if which == "last":
         return steps[-1]
     folders = {folder.stem: folder for folder in (*steps, *([average] if averaged else []))}
@@ -119,9 +128,8 @@ def save_checkpoint(
             _save_tensors(random_state() if random is None else random, partial / "rng.safetensors")
         write_json(partial / "config.json", to_dict(config))
         write_json(partial / "state.json", dataclasses.asdict(progress) | {"torch": torch.__version__})
-        beside = [f"../../{file}" for file in TOKENIZER_FILES if (run / file).exists()]
-        files = [*sorted(path.name for path in partial.iterdir()), *beside]
-        write_json(partial / "manifest.json", {file: _sha256(partial / file) for file in files})
+        beside = [f"../../{file}" for file in (*TOKENIZER_FILES, DATA_FILE) if (run / file).exists()]
+        write_manifest(partial, beside)
         _rename(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -131,31 +139,49 @@ def save_checkpoint(
 
 def _rename(partial: Path, folder: Path) -> None:
     old = folder.with_suffix(".replaced")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        remove_checkpoint(old)
         folder.rename(old)
     partial.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent.parent)
+    remove_checkpoint(old)
 
 
 def remove_checkpoints(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep` and the best."""
-    best = find_checkpoint(run, "best")
-    for folder in step_checkpoints(run)[:-keep]:
-        if folder != best:
+    """Remove all checkpoints but the last `keep` and the best that each of these knows of."""
+    steps = step_checkpoints(run)
+    wanted: set[str | None] = {folder.name for folder in steps[-keep:]}
+    for folder in steps[-keep:]:
+        with suppress(DamagedError):  # it is told where it would be used
+            wanted.add(read_progress(folder).best)
+    for folder in steps:
+        if wanted.isdisjoint((folder.name, folder.stem)):
             remove_checkpoint(folder)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, the manifest first, so that half of one never passes for a whole one."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a checkpoint if it is there; hidden first, so that half of one never passes for a damaged one."""
+    if folder.exists():
+        hidden = folder.with_name(f".removed-{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write values that people read."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+def remove_leftovers(run: Path) -> None:
+    """Remove what processes that were killed had begun to write or to remove."""
+    for folder in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name under which nothing takes it for one; what had that name before is removed."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    remove_checkpoint(aside)
+    folder.rename(aside)
+    sync(folder.parent)
+    return aside
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -166,26 +192,35 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 # Reading
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Newest(NamedTuple):
+    """Where training goes on."""
+
+    folder: Path | None
+    """The newest whole checkpoint; None where there is none yet."""
+    damaged: dict[Path, str]
+    """What is wrong with those after it."""
 
 
-def _verified(folder: Path, name: str) -> Path:
-    """The path of a checkpoint's file, once its content is known to be what was written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        expected = manifest[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'manifest.json'} is missing or damaged, or does not know {name}.") from error
-    path = folder / name
-    if not path.is_file() or _sha256(path) != expected:
-        raise CheckpointError(f"{path.resolve()} is missing or damaged: it is not what was written.")
-    return path
+def newest_whole(run: Path) -> Newest:
+    """The newest checkpoint of which every byte is as it was written; CheckpointError if all are damaged."""
+    damaged: dict[Path, str] = {}
+    for folder in reversed(step_checkpoints(run)):
+        fault = find_damage(folder)
+        if fault is None:
+            return Newest(folder, damaged)
+        damaged[folder] = fault
+    if damaged:
+        raise CheckpointError(f"{run} has no whole checkpoint to go on from: {' '.join(damaged.values())}")
+    return Newest(None, {})
+
+
+def verify_data(folder: Path) -> None:
+    """Raise CheckpointError where a run's prepared data is not what the checkpoint `folder` was trained on."""
+    verified(folder, f"../../{DATA_FILE}")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(_verified(folder, name).read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(verified(folder, name).read_text(encoding="utf-8"))
     return values
 
 
@@ -206,7 +241,7 @@ def read_config(folder: Path) -> RunConfig:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """A checkpoint's weights by name, on the processor; tied ones appear once."""
-    return load_file(_verified(folder, "model.safetensors"))
+    return load_file(verified(folder, "model.safetensors"))
 
 
 class Loaded(NamedTuple):
@@ -224,11 +259,15 @@ def load_model(
 
     Raises CheckpointError where something is missing or damaged, or where weights do not fit the config.
     """
-    folder = find_checkpoint(run, which)
-    config = read_config(folder)
+    try:
+        folder = find_checkpoint(run, which)
+        config, weights = read_config(folder), read_weights(folder)
+    except DamagedError as error:
+        whole = ", ".join(folder.name for folder in step_checkpoints(run) if find_damage(folder) is None)
+        raise DamagedError(f"{error} Whole checkpoints of this run: {whole or 'none'}.") from error
     tokenizers = load_tokenizers(run, folder)
     model = build_model(config.model)
-    set_weights(model, read_weights(folder), str(folder))
+    set_weights(model, weights, str(folder))
     return Loaded(model.to(device, dtype).eval(), config, tokenizers)
 
 
@@ -236,21 +275,21 @@ def load_tokenizers(run: Path, folder: Path) -> Tokenizers:
     """A run's tokenizers, if they are the ones that the checkpoint `folder` was trained with."""
     for name in TOKENIZER_FILES:
         if (run / name).exists():
-            _verified(folder, f"../../{name}")
+            verified(folder, f"../../{name}")
     return Tokenizers.load(run)
 
 
 def restore_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     """Put model, optimizer and random state into the state of a checkpoint, and return how far it was."""
     set_weights(model, read_weights(folder), str(folder))
-    set_optimizer_tensors(model, optimizer, load_file(_verified(folder, "optimizer.safetensors")), str(folder))
+    set_optimizer_tensors(model, optimizer, load_file(verified(folder, "optimizer.safetensors")), str(folder))
     set_random_state(read_random_state(folder))
     return read_progress(folder)
 
 
 def read_random_state(folder: Path) -> dict[str, Tensor]:
     """The random states that a checkpoint was made with."""
-    return load_file(_verified(folder, "rng.safetensors"))
+    return load_file(verified(folder, "rng.safetensors"))
 
 
 # Tensors by name

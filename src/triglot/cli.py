@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it is called, so that `triglot --help` loads no torch."""
 
+import errno
 import json
 import os
 import sys
@@ -12,6 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from triglot.errors import ConfigError, TriglotError, require
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says of a disk that takes no more."""
 
 
 class Commands(TyperGroup):
@@ -26,6 +30,11 @@ class Commands(TyperGroup):
         except BrokenPipeError as error:  # who reads our output has had enough: `triglot translate … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
             raise typer.Exit(141) from error
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            typer.secho(str(error), fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
         except TriglotError as error:
             typer.secho(" ".join(str(error).split()), fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error

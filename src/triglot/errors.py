@@ -19,6 +19,10 @@ class CheckpointError(TriglotError, ValueError):
     """A run or a checkpoint is missing, damaged or does not fit."""
 
 
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
 def require(holds: bool, name: str, rule: str, value: Any, error: type[ValueError] = ValueError) -> None:
     """Raise `error` with "`name` must be rule, but is value instead." unless `holds`."""
     if not holds:

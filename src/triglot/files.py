@@ -1,9 +1,12 @@
 """Files that are at any moment the old ones or the new ones, whole and on disk."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -15,6 +18,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)  # a full disk does not say which file it refused
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -23,6 +30,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file of text in UTF-8."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values that people read."""
+    write_text(path, as_json(values))
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """Values as the one text that is written of them."""
+    return json.dumps(values, indent=2) + "\n"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

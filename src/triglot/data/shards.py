@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from triglot.data.corpus import BLOCK, Piece
 from triglot.errors import DataError
-from triglot.files import replacing, write_text
+from triglot.files import replacing, sha256, write_json
 from triglot.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -23,17 +23,25 @@ def token_shards(folder: Path, made_from: Mapping[str, str], parts: Parts, token
     """The token stream of each part, a file each: those in `folder` if they were made from the same, else new ones.
 
     A document is BOS, its text, EOS; where only part of one is there, only the tokens of that part. Raises DataError if
-    the folder holds what was made from something else, or is damaged.
+    the folder holds what was made from something else, or if any byte of it is not as it was written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     manifest = read_manifest(folder, made_from)
     if manifest is None:
         folder.mkdir(parents=True, exist_ok=True)
         counts = {name: _write(folder / f"{name}.bin", pieces, tokenizer, dtype) for name, pieces in parts.items()}
-        write_manifest(folder, made_from, {"dtype": dtype.str, "tokens": counts})
+        hashes = {name: sha256(folder / f"{name}.bin") for name in parts}
+        write_manifest(folder, made_from, {"dtype": dtype.str, "tokens": counts, "sha256": hashes})
         manifest = read_manifest(folder, made_from) or {}
     try:
-        return {name: _open(folder / f"{name}.bin", dtype, manifest["tokens"][name]) for name in parts}
+        for name in parts:
+            _verify(folder / f"{name}.bin", manifest["sha256"][name])
+        streams = {name: _open(folder / f"{name}.bin", dtype, manifest["tokens"][name]) for name in parts}
+        for name, tokens in streams.items():
+            highest = int(tokens.max(initial=0))
+            if highest >= tokenizer.vocab_size:
+                raise ValueError(f"{name}.bin has the id {highest}, and there are {tokenizer.vocab_size}")
+        return streams
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
 
@@ -58,7 +66,7 @@ def read_manifest(folder: Path, made_from: Mapping[str, str]) -> dict[str, Any] 
 def write_manifest(folder: Path, made_from: Mapping[str, str], values: Mapping[str, Any]) -> None:
     """Write down what the data was made from: the last step of a preparation."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / MANIFEST, json.dumps({"made_from": dict(made_from), **values}, indent=2) + "\n")
+    write_json(folder / MANIFEST, {"made_from": dict(made_from), **values})
 
 
 def _damaged(folder: Path, error: Exception) -> DataError:
@@ -91,6 +99,11 @@ def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
             group, characters = [], 0
     if group:
         yield group
+
+
+def _verify(path: Path, expected: str) -> None:
+    if sha256(path) != expected:
+        raise ValueError(f"{path.name} is not what was written")
 
 
 def _open(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:

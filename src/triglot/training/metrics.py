@@ -69,8 +69,11 @@ class MetricsLog:
 
     def write(self, line: Line) -> None:
         """Append a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} could not be written: {error}") from error
 
     def sync(self) -> None:
         """Have what is written on disk before a checkpoint says that it is."""
@@ -91,13 +94,15 @@ def _is_before(line: Line, progress: Progress) -> bool:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines of a metrics file; a last line that was cut off by the end of its process is left out."""
-    texts = path.read_text(encoding="utf-8").split("\n")
+    texts = path.read_bytes().split(b"\n")
     lines = []
     for number, text in enumerate(texts[:-1], start=1):  # what follows the last line feed is empty or cut off
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise CheckpointError(f"{path}, line {number} is no JSON: {text[:60]!r}") from error
+            line = dict(json.loads(text))
+            line["kind"], line["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}, line {number} is no line of metrics: {text[:60]!r}") from error
+        lines.append(line)
     return lines
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from triglot import checkpoint
-from triglot.checkpoint import Progress
+from triglot.checkpoint import Newest, Progress
 from triglot.config import RunConfig
 from triglot.data.prepare import Prepared, prepare
 from triglot.distributed.parallel import Parallel, parallel
 from triglot.distributed.team import Team, local_device, team
 from triglot.errors import CheckpointError, ConfigError, require
+from triglot.files import write_json
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
 from triglot.recipe import from_dict, load_config, to_dict
@@ -57,6 +58,9 @@ CHOSEN = {
 }
 """What a recipe may leave open, as it says so; the first start chooses, and a resumed run keeps the choice."""
 
+BEGUN = ".config.json.writing"
+"""All there is of a run that was killed in its very first moment."""
+
 
 class RunResult(NamedTuple):
     """What came of a run."""
@@ -83,7 +87,7 @@ def train(
     reporter: Reporter | None = None,
     device: str | None = None,
 ) -> RunResult:
-    """Train what `config` describes in the folder `run`, or with `resume` go on where its last checkpoint is.
+    """Train what `config` describes in the folder `run`, or with `resume` go on where its newest whole checkpoint is.
 
     A resumed run is bit for bit the uninterrupted one where processor, threads and PyTorch are the same. Ctrl-C and
     SIGTERM end the run after the current step with a checkpoint. Where a launcher such as torchrun has started several
@@ -94,21 +98,26 @@ def train(
     where = local_device(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     with team(where) as processes:
         check(config, evaluators, processes.size)
+        newest = None
         if processes.is_first:
-            config = beginning(config, run, resume)
+            newest = checkpoint.newest_whole(run) if resume else None
+            config = beginning(config, run, newest)
         config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
         with threads(config.train.threads):
             with removed_on_failure(run if processes.is_first and not resume else None):
-                session = Session(config, run, where, processes)
+                session = Session(config, run, where, processes, newest)
             return session.train(evaluators, reporter if reporter and processes.is_first else Silent())
 
 
-def beginning(config: RunConfig, run: Path, resume: bool) -> RunConfig:
-    """What a run begins with: the given recipe in a new folder, or with `resume` what the run's own leaves of it."""
+def beginning(config: RunConfig, run: Path, newest: Newest | None) -> RunConfig:
+    """What a run begins with: the given recipe in a new folder, or what a run going on from `newest` leaves of it."""
+    if newest is not None:
+        stored = stored_config(run, newest.folder)
+        if config.init.from_ is not None:  # the tokenizer came from there, whatever the recipe says
+            config = dataclasses.replace(config, tokenizer=stored.tokenizer)
+        return merge(config, stored)
     config = with_tokenizer_of_init(config)
-    if resume:
-        return merge(config, stored_config(run))
-    occupied = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    occupied = run.exists() and (not run.is_dir() or any(path.name != BEGUN for path in run.iterdir()))
     rule = "a new folder, since nothing is overwritten (`--resume` goes on, `--out` names another)"
     require(not occupied, "run", rule, str(run), ConfigError)
     return config
@@ -120,13 +129,16 @@ class Session:
     Of several processes the first prepares and chooses, the others wait and then read what it has written.
     """
 
-    def __init__(self, config: RunConfig, run: Path, device: torch.device, team: Team = Team()) -> None:
+    def __init__(
+        self, config: RunConfig, run: Path, device: torch.device, team: Team = Team(), newest: Newest | None = None
+    ) -> None:
         self.run, self.device, self.team = run, device, team
-        self.last, tokenizers, self.changes = None, None, list[str]()
+        self.last, self.damaged = newest or Newest(None, {})
+        tokenizers, self.changes = None, list[str]()
         if team.is_first:
             run.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
-            self.last = next(reversed(checkpoint.step_checkpoints(run)), None)
+            if not (run / "config.json").exists():
+                write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
         else:
             resolved, last = team.told(None)
             config, tokenizers = from_dict(RunConfig, resolved), Tokenizers.load(run)
@@ -138,6 +150,8 @@ class Session:
         if self.last is not None:
             tokenizers = checkpoint.load_tokenizers(run, self.last)
         self.prepared = prepare(config, run, tokenizers)
+        if self.last is not None:
+            checkpoint.verify_data(self.last)
         torch.manual_seed(config.seed)
         config = with_vocab_sizes(config, self.prepared.tokenizers)
         self.model = build_model(config.model).to(device)
@@ -157,18 +171,18 @@ class Session:
             config = replace_in(config, "train", precision=faster_precision(self.objective, batch, self.device))
         self.config = config
         self.prepared.tokenizers.save(self.run)
-        checkpoint.write_json(self.run / "config.json", to_dict(config))
+        write_json(self.run / "config.json", to_dict(config))
         now = environment(config, self.device, self.team.size)
         self.changes = changes(self.run / "environment.json", now)
-        checkpoint.write_json(self.run / "environment.json", now)
+        write_json(self.run / "environment.json", now)
 
     def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
         """Train from the last checkpoint, or from the start, to the end."""
         together, progress = self.together()
-        log = MetricsLog(self.run / "metrics.jsonl")
+        log, notes = MetricsLog(self.run / "metrics.jsonl"), self.notes()
         if self.team.is_first:
-            checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
             log.cut(progress)
+            notes += self.clear()
         trainer = Trainer(
             self.config.train,
             together,
@@ -181,7 +195,7 @@ class Session:
             reporter=reporter,
             device=self.device,
         )
-        reporter.start(self.config, self.model, progress, self.notes())
+        reporter.start(self.config, self.model, progress, notes)
         signal, averaged = None, None
         try:
             signal = trainer.fit()
@@ -215,6 +229,17 @@ class Session:
             name, optimizer = checkpoint.step_name(progress.step), together.whole_optimizer
             checkpoint.save_checkpoint(self.run, name, self.config, self.model, progress, optimizer, random)
             checkpoint.remove_checkpoints(self.run, keep=max(2, self.config.train.average))
+
+    def clear(self) -> list[str]:
+        """Leave only whole checkpoints of what is gone on from, and tell which were damaged."""
+        checkpoint.remove_leftovers(self.run)
+        checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
+        moved = {checkpoint.set_aside(folder): fault for folder, fault in self.damaged.items()}
+        return [
+            f"WARNING: {fault} Training goes on from {self.last.name}; what was damaged is now {aside.name}."
+            for aside, fault in moved.items()
+            if self.last is not None
+        ]
 
     def average(self, trainer: Trainer) -> dict[str, float] | None:
         """Score the mean of the last `train.average` checkpoints' weights and write it down as one more checkpoint.
@@ -265,7 +290,7 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
     """
     if config.init.from_ is None:
         return config
-    initial = stored_config(Path(config.init.from_))
+    initial = stored_config(Path(config.init.from_), None)
     here, there = flat(to_dict(config.model)), flat(to_dict(initial.model))
     rates = ("dropout", *(f"options.{kind}_dropout" for kind in ("attention", "activation", "embedding")))
     for key in sorted((here.keys() | there.keys()) - {"vocab_size", "src_vocab_size", *rates}):
@@ -290,8 +315,10 @@ def replace_in(config: RunConfig, section: str, **values: Any) -> RunConfig:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-def stored_config(run: Path) -> RunConfig:
-    """The resolved recipe of a run."""
+def stored_config(run: Path, last: Path | None) -> RunConfig:
+    """The resolved recipe of a run: its last checkpoint's, which is known to be whole, if it has one."""
+    if last is not None:
+        return checkpoint.read_config(last)
     path = run / "config.json"
     require(path.exists(), "run", "a run that was started before, to be resumed", str(run), CheckpointError)
     try:
@@ -344,7 +371,10 @@ def changes(path: Path, now: Mapping[str, Any]) -> list[str]:
     """What is not as it was when the run was last started, and may change its last bits."""
     if not path.exists():
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return [f"{path} is damaged, so nobody knows what has changed since the last start: {error}"]
     differing = [key for key in now if key != "started" and before.get(key) != now[key]]
     return [
         f"{key} is {now[key]} and was {before.get(key)}: results may differ in their last bits" for key in differing
