@@ -83,6 +83,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
+def flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys dotted."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return values
+
+
 def load_config(path: Path) -> RunConfig:
     """Read a run's config.json."""
     return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))

@@ -25,7 +25,7 @@ from triglot.errors import CheckpointError, ConfigError, require
 from triglot.files import write_json
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
-from triglot.recipe import from_dict, load_config, to_dict
+from triglot.recipe import flat, from_dict, load_config, to_dict
 from triglot.tokenizer import Tokenizers
 from triglot.training.metrics import MetricsLog, Reporter, Silent
 from triglot.training.optim import make_optimizer
@@ -341,14 +341,6 @@ def merge(given: RunConfig, stored: RunConfig) -> RunConfig:
     if differing:
         raise ConfigError(f"The run to resume has another recipe: {'; '.join(differing)}.")
     return replace_in(stored, "train", **{key.removeprefix("train."): new[key] for key in MAY_CHANGE})
-
-
-def flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested tables as one, keys dotted."""
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        values |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return values
 
 
 def environment(config: RunConfig, device: torch.device, num_processes: int) -> dict[str, Any]:
