@@ -109,6 +109,14 @@ def test_unknown_keys_are_refused_with_the_dotted_path(values, path):
         from_dict(RunConfig, MINIMAL | values)
 
 
+def test_a_key_that_is_nearly_right_is_told_what_was_perhaps_meant():
+    with pytest.raises(ConfigError, match=r"perhaps max_steps\), but is 'max_step' instead"):
+        from_dict(RunConfig, MINIMAL | {"train": {"max_step": 3}})
+    with pytest.raises(ConfigError) as caught:
+        from_dict(RunConfig, MINIMAL | {"train": {"zzz": 3}})
+    assert "perhaps" not in str(caught.value)
+
+
 def model(**values) -> dict:
     return {"model": {"kind": "decoder_only"} | values}
 

@@ -5,6 +5,7 @@ import json
 import tomllib
 import types
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,7 +24,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     hints = get_type_hints(cls)
     fields = {field.name.rstrip("_"): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
-        _require(key in fields, f"{path}{key}", f"one of {', '.join(fields)}", key)
+        meant = "".join(f" (perhaps {close})" for close in get_close_matches(key, fields, 1))
+        _require(key in fields, f"{path}{key}", f"one of {', '.join(fields)}{meant}", key)
     for key, field in fields.items():
         given = key in values or field.default is not dataclasses.MISSING
         _require(given, f"{path}{key}", "given", None)

@@ -4,6 +4,7 @@ FLOPs are those of the matrix products, a multiplication and an addition counted
 attention is counted as it is computed, over all keys, hidden ones included.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from triglot.models.encoder_decoder import Transformer
 from triglot.models.factory import count_active_parameters, count_parameters
 
 Model = Transformer | DecoderLLM
+PIPED = 160
+"""Columns where no terminal says how many it has."""
 WIDTHS = {"key": "kv_width", "value": "kv_width", "inner": "d_ff", "lm_head": "vocab", "final_layer": "vocab"}
 """What the last axis of a plain linear layer is called where that is not d_model."""
 
@@ -91,7 +94,8 @@ def inspect(
     """Print a run's modules, shapes, parameters and costs; raises CheckpointError, and ConfigError for a bad size."""
     model = load_model(run, which).model
     found = look(model, batch, length)
-    show(found, f"{run.name or run}, batch {batch}, length {length}", console or Console())
+    console = console or Console(width=None if sys.stdout.isatty() else PIPED)
+    show(found, f"{run.name or run}, batch {batch}, length {length}", console)
     return found
 
 
