@@ -1,5 +1,6 @@
 """What holds for prepared token streams: they are the text's ids, and are used again only for that text."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -71,6 +72,26 @@ def test_an_interrupted_preparation_leaves_nothing_that_would_be_used(tmp_path):
         token_shards(tmp_path, {"text": "1"}, {"train": interrupted()}, BYTES)
     assert list(tmp_path.iterdir()) == []
     assert token_shards(tmp_path, {"text": "1"}, PARTS, BYTES)["train"].tolist() == expected(PARTS["train"], BYTES)
+
+
+def test_any_byte_of_a_stream_that_changed_is_found_and_its_file_is_named(tmp_path):
+    token_shards(tmp_path, {"text": "1"}, PARTS, BYTES)
+    path = tmp_path / "train.bin"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(DataError, match=r"damaged \(train\.bin is not what was written\); remove the folder"):
+            token_shards(tmp_path, {"text": "1"}, PARTS, BYTES)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused_whoever_wrote_them(tmp_path):
+    token_shards(tmp_path, {"text": "1"}, PARTS, BYTES)
+    path, manifest = tmp_path / "train.bin", read_manifest(tmp_path, {"text": "1"})
+    np.full(manifest["tokens"]["train"], BYTES.vocab_size, "<u2").tofile(path)
+    hashes = manifest["sha256"] | {"train": hashlib.sha256(path.read_bytes()).hexdigest()}
+    write_manifest(tmp_path, {"text": "1"}, {"tokens": manifest["tokens"], "sha256": hashes})
+    with pytest.raises(DataError, match=rf"damaged \(train.bin has the id {BYTES.vocab_size}, and there are"):
+        token_shards(tmp_path, {"text": "1"}, PARTS, BYTES)
 
 
 @pytest.mark.parametrize("damage", ["shorten", "remove", "garbage", "no counts", "no list"])
