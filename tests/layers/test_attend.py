@@ -68,6 +68,14 @@ def test_is_attention_with_weights_under_the_look_ahead_mask_whole_blocks_or_not
     assert_alike(*inputs(length, length, dtype), None, True)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [module.LONG_FOR_GRADIENT, module.LONG, module.BLOCK + module.LONG + 1])
+def test_is_attention_with_weights_at_lengths_where_bf16_rows_need_no_copies(length, causal):
+    torch.manual_seed(1)
+    mask = None if causal else torch.rand(BATCH, 1, length, length) < 0.7
+    assert_alike(*inputs(length, length, torch.bfloat16), mask, causal)
+
+
 def test_blocks_change_no_bit_of_an_earlier_token(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 4)
     query, key, value = inputs(11, 11, torch.float32)

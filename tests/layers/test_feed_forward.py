@@ -39,6 +39,27 @@ def test_dropout_lies_between_the_two_projections_and_acts_in_training_only():
     assert torch.equal(layer.eval()(x), layer(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_are_those_of_the_formula_in_every_precision(activation, bias, precision):
+    layer = PointwiseFeedForward(D_MODEL, D_FF, dropout=0.0, activation=activation, bias=bias)
+    x = torch.randn(BATCH, LENGTH, D_MODEL)
+    if precision == torch.float64:
+        layer, x = layer.double(), x.double()
+    found, expected = [], []
+    for grads, run in ((found, layer), (expected, lambda x: layer.outer(activate(layer.inner(x), activation)))):
+        layer.zero_grad()
+        start = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            result = run(start)
+        result.float().square().sum().backward()
+        grads += [result.detach(), start.grad, *(weight.grad for weight in layer.parameters())]
+    for ours, plain in zip(found, expected, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain)
+
+
 def test_every_position_is_computed_alike():
     layer = PointwiseFeedForward(D_MODEL, D_FF).eval()
     x = torch.randn(BATCH, LENGTH, D_MODEL)

@@ -1,10 +1,13 @@
 """The position-wise feed-forward layer (Vaswani et al. 2017, §3.3; gated: Shazeer 2020)."""
 
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from triglot.layers.dropout import Dropout
 
@@ -43,4 +46,43 @@ class PointwiseFeedForward(nn.Module):
         self.activation: Activation = activation
 
     def forward(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
-        return self.outer(self.dropout(activate(self.inner(x), self.activation)))
+        inner = self.inner(x)
+        if not self.activates_twice():
+            return self.outer(self.dropout(activate(inner, self.activation)))
+        weight = self.outer.weight.to(inner.dtype)
+        bias = None if self.outer.bias is None else self.outer.bias.to(inner.dtype)
+        with torch.autocast(inner.device.type, enabled=False):  # it would undo the casts in the gradient
+            outer: Tensor = _Outer.apply(inner, weight, bias, self.activation)  # type: ignore[no-untyped-call]
+        return outer
+
+    def activates_twice(self) -> bool:
+        """Whether the gradient is better off without the activations kept; relu's own are all that it keeps anyway."""
+        dropping = self.training and self.dropout.p > 0
+        idle = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return self.activation != "relu" and not dropping and not idle
+
+
+class _Outer(torch.autograd.Function):
+    """W₂ activation(h) + b that keeps h alone and activates it anew for the gradient.
+
+    Activations are the largest tensors of a block: a processor makes them as fast as it would read them back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        ctx.activation, ctx.biased = activation, bias is not None
+        return F.linear(activate(h, activation), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        h, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            activated = activate(h, ctx.activation)
+        rows, edge = grad.flatten(0, -2), get_gradient_edge(activated)
+        of_weight = rows.T @ activated.detach().flatten(0, -2)
+        del activated  # where memory peaks
+        (of_h,) = torch.autograd.grad(edge, h, grad @ weight)
+        return of_h, of_weight, rows.sum(0) if ctx.biased else None, None

@@ -207,8 +207,9 @@ class Trainer:
     def apply(self, number: int, found: Gradients) -> None:
         """Change the weights."""
         optimizer = self.parallel.optimizer
-        if self.config.clip_norm is not None:
-            clip_grads_with_norm_(self.parallel.weights, self.config.clip_norm, found.norm)
+        clip_norm = self.config.clip_norm
+        if clip_norm is not None and found.norm.item() > clip_norm:
+            clip_grads_with_norm_(self.parallel.weights, clip_norm, found.norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
         optimizer.step()
