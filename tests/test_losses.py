@@ -188,3 +188,48 @@ def test_fused_without_gradients_it_is_the_same_and_nothing_scored_is_zero(proje
     none.total.backward()
     assert (none.total.item(), none.tokens.item()) == (0.0, 0)
     assert not hidden.grad.any()
+
+
+# R-Drop
+
+
+def plain_r_drop(hidden, targets, projection, smoothing, weight):
+    """The losses of both copies and torch's own divergences, as the paper writes them, halved."""
+    log_p, log_q = projection(hidden).log_softmax(-1).chunk(2)
+    losses_of_both = [token_cross_entropy(one, targets, label_smoothing=smoothing) for one in (log_p, log_q)]
+    scored = targets != IGNORED
+    there, back = (
+        nn.functional.kl_div(of[scored], to[scored], reduction="sum", log_target=True)
+        for of, to in ((log_q, log_p), (log_p, log_q))
+    )
+    total = sum(one.total for one in losses_of_both) / 2 + weight / 4 * (there + back)
+    return total, sum(one.nll for one in losses_of_both) / 2
+
+
+@pytest.mark.parametrize("chunk", [1, 6 * VOCAB, 1 << 20])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_r_drop_is_its_formula_gradients_included(projected, chunk, smoothing, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", (chunk, chunk))
+    targets, layer = projected[1], nn.Linear(13, VOCAB)
+    hidden = torch.randn(6, 7, 13)
+    results = []
+    for fused in (True, False):
+        x, projection = hidden.clone().requires_grad_(), copy.deepcopy(layer)
+        if fused:
+            total, nll, tokens = projected_cross_entropy(x, projection, targets, label_smoothing=smoothing, r_drop=5.0)
+            assert tokens == (targets != IGNORED).sum()
+        else:
+            total, nll = plain_r_drop(x, targets, projection, smoothing, 5.0)
+        (total * 0.37).backward()
+        results.append([total, nll, x.grad, *(weight.grad for weight in projection.parameters())])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_r_drop_of_equal_copies_is_the_loss_of_one(projected):
+    hidden, targets = projected
+    layer = nn.Linear(13, VOCAB)
+    one = projected_cross_entropy(hidden, layer, targets, label_smoothing=0.1)
+    two = projected_cross_entropy(torch.cat([hidden, hidden]), layer, targets, label_smoothing=0.1, r_drop=5.0)
+    for ours, alone in zip(two, one, strict=True):
+        torch.testing.assert_close(ours, alone)

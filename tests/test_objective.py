@@ -116,6 +116,20 @@ def test_smoothing_moves_the_loss_and_not_the_reported_nll():
     torch.testing.assert_close(smoothed.loss, expected)
 
 
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_r_drop_sees_the_batch_twice_in_training_and_once_in_evaluation(kind):
+    batch = pairs([(5, 3), (2, 7)]) if kind == "encoder_decoder" else text(3, 5)
+    alike, apart = make_model(kind), make_model(kind, dropout=0.5)
+    plain, same = Objective(alike)(batch), Objective(alike, r_drop=5.0)(batch)
+    for one, other in zip(plain[:4], same[:4], strict=True):
+        torch.testing.assert_close(one, other)  # without dropout the predictions are never apart
+    torch.manual_seed(2)
+    different = Objective(apart, r_drop=5.0)(batch)
+    assert different.loss > different.nll
+    assert different.tokens == plain.tokens
+    assert torch.equal(Objective(apart, r_drop=5.0).eval()(batch).nll, Objective(apart).eval()(batch).nll)
+
+
 def test_expert_losses_count_in_training_only_by_their_weights_and_the_batchs_tokens():
     experts = ExpertOptions(num_experts=3, balance_weight=0.5, z_weight=0.25)
     objective, batch = Objective(make_model("decoder_only", experts)), text(3, 5)

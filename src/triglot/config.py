@@ -253,6 +253,9 @@ class TrainConfig(Checked):
     max_skipped: Natural = 10
     """So many of any 128 steps may be skipped, since they are not finite or a spike; one more ends the run."""
     label_smoothing: Rate = 0.0
+    r_drop: Positive | None = None
+    """Each batch is trained on twice, under different dropout, with this weight on how far the predictions are apart
+    (Wu et al. 2021, α); a step takes twice as long."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: both are timed on the first batch and the faster one is written into the run."""
     threads: Count | None = None

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from triglot.data.batch import Batch, PairBatch
+from triglot.data.batch import Batch, PairBatch, targets_of, twice
 from triglot.layers.masks import create_masks
 from triglot.layers.moe import Routing
 from triglot.losses import ExpertLosses, expert_losses, projected_cross_entropy
@@ -42,13 +42,15 @@ class Totals(NamedTuple):
 class Objective(nn.Module):
     """A model with its loss, so that what wraps modules (DDP, FSDP, compile) sees one forward from batch to totals."""
 
-    def __init__(self, model: Model, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: Model, label_smoothing: float = 0.0, r_drop: float | None = None) -> None:
         super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model, self.label_smoothing, self.r_drop = model, label_smoothing, r_drop
 
     def forward(self, batch: Batch) -> Totals:
-        hidden, targets, routing = run_model(self.model, batch)
-        scored = projected_cross_entropy(hidden, self.model.projection, targets, label_smoothing=self.label_smoothing)
+        r_drop = self.r_drop if self.training else None
+        hidden, routing = run_model(self.model, batch if r_drop is None else twice(batch))
+        projection, targets, smoothing = self.model.projection, targets_of(batch), self.label_smoothing
+        scored = projected_cross_entropy(hidden, projection, targets, label_smoothing=smoothing, r_drop=r_drop)
         loss, extra = scored.total, expert_losses(routing)
         options = self.model.options.experts
         if self.training and options is not None:
@@ -72,20 +74,19 @@ class Forwarded(NamedTuple):
     """What the loss is computed from."""
 
     hidden: Float[Tensor, "batch length d_model"]
-    targets: Int[Tensor, "batch length"]
     routing: list[Routing]
 
 
 def run_model(model: Model, batch: Batch) -> Forwarded:
-    """The model's hidden states over a batch, under the masks that the batch asks for, beside the targets."""
+    """The model's hidden states over a batch, under the masks that the batch asks for."""
     if isinstance(batch, PairBatch):
         assert isinstance(model, Transformer)
         masks = create_masks(batch.src, batch.tgt_in)
         pairs = model.run(batch.src, batch.tgt_in, *masks)
-        return Forwarded(pairs.hidden, batch.tgt_out, pairs.routing)
+        return Forwarded(pairs.hidden, pairs.routing)
     assert isinstance(model, DecoderLLM)
     text = model.run(batch.input_ids, segments=batch.segments)
-    return Forwarded(text.hidden, batch.targets, text.routing)
+    return Forwarded(text.hidden, text.routing)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -35,10 +35,19 @@ class PairBatch(NamedTuple):
 Batch = LanguageBatch | PairBatch
 
 
+def targets_of(batch: Batch) -> Int[Tensor, "batch length"]:
+    """What the model is to predict, −100 where nothing is scored."""
+    return batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
+
+
 def num_targets(batch: Batch) -> int:
     """How many tokens of the batch are scored."""
-    targets = batch.tgt_out if isinstance(batch, PairBatch) else batch.targets
-    return int((targets != IGNORED).sum())
+    return int((targets_of(batch) != IGNORED).sum())
+
+
+def twice(batch: Batch) -> Batch:
+    """The rows of the batch, and the same rows once more behind them."""
+    return type(batch)(*(None if part is None else torch.cat([part, part]) for part in batch))  # type: ignore[arg-type]
 
 
 def unscored(batch: Batch) -> Batch:

@@ -157,7 +157,7 @@ class Session:
         self.model = build_model(config.model).to(device)
         if initial is not None:
             checkpoint.set_weights(self.model, checkpoint.weights_of(initial.model), str(config.init.from_))
-        self.objective = Objective(self.model, config.train.label_smoothing)
+        self.objective = Objective(self.model, config.train.label_smoothing, config.train.r_drop)
         self.config = config
         if team.is_first:
             self.choose()
