@@ -155,6 +155,8 @@ class TokenizerConfig(Checked):
     """Of BPE, special tokens and the 256 bytes included; the other kinds have the size they have."""
     joint: bool = True
     """One tokenizer for both sides of pairs, or one each."""
+    dropout: Rate = 0.0
+    """BPE, pairs: the share of merges that is left out, otherwise in every epoch of training (Provilkov et al. 2020)."""
     path: str | None = None
     """A trained tokenizer's file or folder."""
 
@@ -309,6 +311,10 @@ class RunConfig(Checked):
         super().__post_init__()
         fits = (self.model.kind == "encoder_decoder") == (self.data.kind in ("pairs", "phrases"))
         _require(fits, "data.kind", f"one that {self.model.kind} can learn from", self.data.kind)
+        words = self.data.kind == "pairs" and self.tokenizer.kind == "bpe"
+        _require(
+            words or not self.tokenizer.dropout, "tokenizer.dropout", "0 but for pairs in BPE", self.tokenizer.dropout
+        )
         if self.model.kind == "decoder_only":
             rule = f"at most model.max_seq_length ({self.model.max_seq_length})"
             _require(self.train.context <= self.model.max_seq_length, "train.context", rule, self.train.context)

@@ -204,6 +204,18 @@ class Ragged:
             return cls.of([])
         return cls(np.concatenate([part.flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
+    @classmethod
+    def beside(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """Row by row, what the parts have there, one behind another."""
+        lengths = np.sum([part.lengths for part in parts], axis=0)
+        flat = np.empty(int(lengths.sum()), np.int32)
+        begins = np.cumsum(lengths) - lengths
+        for part in parts:
+            shifts = begins - (part.ends - part.lengths)
+            flat[np.arange(len(part.flat)) + np.repeat(shifts, part.lengths)] = part.flat
+            begins = begins + part.lengths
+        return cls(flat, lengths)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -221,7 +233,7 @@ class Pairs:
     def __init__(self, sources: Ragged, targets: Ragged, batch_tokens: int, seed: int | None) -> None:
         require(len(sources) > 0, "the number of examples", "at least 1", len(sources), DataError)
         require(len(sources) == len(targets), "targets", f"as many as sources ({len(sources)})", len(targets))
-        self.sources, self.targets, self.seed = sources, targets, seed
+        self.sources, self.targets, self.batch_tokens, self.seed = sources, targets, batch_tokens, seed
         self.longest = np.maximum(sources.lengths, targets.lengths + 1)
         self.both = sources.lengths + targets.lengths
         longest = int(self.longest.max())
