@@ -39,7 +39,10 @@ class Side:
         self.ask()  # once it is ready
 
     def ask(self, seconds: float | None = None) -> dict[str, float]:
-        """What the side says next: how much it did in `seconds`, how long that took, and the most memory it held."""
+        """What the side says next: how much it did in `seconds`, how long that took, and the most memory it held.
+
+        On a GPU, if the side has used one, the memory is the GPU's.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         if seconds is not None:
@@ -66,7 +69,8 @@ def serve(make: Callable[[], Work]) -> None:
         began, done = time.perf_counter(), 0
         while (spent := time.perf_counter() - began) < float(line):
             done += work()
-        answer = {"done": done, "seconds": spent, "memory": peak_memory() - before}
+        held = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory() - before
+        answer = {"done": done, "seconds": spent, "memory": held}
         print(f"{ANSWER}{json.dumps(answer)}", flush=True)
 
 

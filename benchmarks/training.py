@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,39 @@ from triglot.distributed.parallel import Parallel
 from triglot.distributed.team import Team
 from triglot.layers.masks import create_padding_mask
 from triglot.models.factory import build_model
-from triglot.objective import Objective
+from triglot.objective import Objective, to_device
 from triglot.training.allocator import keep_freed_memory
+from triglot.training.compiling import compile_blocks
 from triglot.training.metrics import MetricsLog, Silent
 from triglot.training.optim import make_optimizer
 from triglot.training.trainer import MicroBatch, Trainer
 
-LAYERS, WIDTH, HEADS, CONTEXT, VOCAB, ROWS = 6, 384, 6, 256, 256, 16
+
+class Shape(NamedTuple):
+    """Of a decoder and its batch."""
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocab: int
+    rows: int
+    device: str = "cpu"
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a training step: three times the forward pass' products, attention at half for causality."""
+        per_layer = 2 * 12 * self.width**2 + 2 * 2 * self.context * self.width / 2
+        return 3 * (self.layers * per_layer + 2 * self.vocab * self.width)
+
+
+SMALL = Shape(6, 384, 6, 256, 256, 16)
+LARGE = Shape(12, 768, 12, 1024, 50304, 16, "cuda")
+"""GPT-2's 124 million parameters, for a GPU."""
+SPECIFIED = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Floating-point operations per second in bf16 without sparsity, by the makers' data sheets."""
 PAIR = {"d_model": 128, "d_ff": 256, "num_layers": 4, "num_heads": 4, "max_seq_length": 128}
 PAIR_TOKENS, PAIR_VOCAB, DROPOUT, SMOOTHING = 4096, 10_000, 0.1, 0.1
-CPU = torch.device("cpu")
 
 
 def steps(
@@ -49,12 +72,13 @@ def steps(
     precision: str,
 ) -> Work:
     """A peer's training steps, with the trainer's own optimizer and clipping."""
-    turns = cycle(batches)
+    device = next(model.parameters()).device
+    turns = cycle([to_device(batch, device) for batch in batches])
 
     def step() -> int:
         batch = next(turns)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -70,10 +94,13 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch]) -> Work:
+def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch], on: str = "cpu") -> Work:
     """Steps of `triglot train`, metrics and all."""
     torch.manual_seed(1)
-    objective = Objective(build_model(config), train.label_smoothing)
+    device = torch.device(on)
+    objective = Objective(build_model(config).to(device), train.label_smoothing)
+    if device.type == "cuda":
+        compile_blocks(objective.model)
     folder = Path(tempfile.mkdtemp())
     trainer = Trainer(
         train,
@@ -85,7 +112,7 @@ def our_steps(config: ModelConfig, train: TrainConfig, batches: Sequence[Batch])
         evaluators=[],
         log=MetricsLog(folder / "metrics.jsonl"),
         reporter=Silent(),
-        device=CPU,
+        device=device,
     )
     turns = cycle(batches)
 
@@ -106,33 +133,35 @@ def cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
 # Decoder-only, 6 × 384
 
 
-def text_batches() -> list[LanguageBatch]:
+def text_batches(shape: Shape) -> list[LanguageBatch]:
     """A few batches of random tokens."""
     generator = torch.Generator().manual_seed(1)
-    windows = [torch.randint(1, VOCAB, (ROWS, CONTEXT + 1), generator=generator) for _ in range(4)]
+    size = (shape.rows, shape.context + 1)
+    windows = [torch.randint(3, shape.vocab, size, generator=generator) for _ in range(4)]
     return [LanguageBatch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None) for window in windows]
 
 
-def our_decoder(precision: str) -> Work:
+def our_decoder(precision: str, shape: Shape = SMALL) -> Work:
     """`DecoderLLM` as GPT-2 is built: pre-norm LayerNorm, learned positions, GELU, biases, tied embeddings."""
     options = BlockOptions(
         norm_order="pre", positions="learned", activation="gelu", tie_embeddings=True, scale_embeddings=False
     )
     config = ModelConfig(
         kind="decoder_only",
-        d_model=WIDTH,
-        num_heads=HEADS,
-        num_layers=LAYERS,
-        d_ff=4 * WIDTH,
-        max_seq_length=CONTEXT,
-        vocab_size=VOCAB,
+        d_model=shape.width,
+        num_heads=shape.heads,
+        num_layers=shape.layers,
+        d_ff=4 * shape.width,
+        max_seq_length=shape.context,
+        vocab_size=shape.vocab,
         dropout=0.0,
         options=options,
     )
-    return our_steps(config, TrainConfig(precision=precision, context=CONTEXT), text_batches())  # type: ignore[arg-type]
+    train = TrainConfig(precision=precision, context=shape.context)  # type: ignore[arg-type]
+    return our_steps(config, train, text_batches(shape), shape.device)
 
 
-def nanogpt(checkout: Path, precision: str, *, fused_attention: bool, compiled: bool) -> Work:
+def nanogpt(checkout: Path, precision: str, *, fused_attention: bool, compiled: bool, shape: Shape = SMALL) -> Work:
     """nanoGPT's model; its attention written out where `fused_attention` is off, as it is without SDPA."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None
@@ -141,15 +170,25 @@ def nanogpt(checkout: Path, precision: str, *, fused_attention: bool, compiled: 
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
     torch.manual_seed(1)
-    shape = {"block_size": CONTEXT, "vocab_size": VOCAB, "n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH}
-    model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=True))
+    config = module.GPTConfig(
+        block_size=shape.context,
+        vocab_size=shape.vocab,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.width,
+        dropout=0.0,
+        bias=True,
+    )
+    model = module.GPT(config).to(shape.device)
     if not fused_attention:
-        mask = torch.tril(torch.ones(CONTEXT, CONTEXT)).view(1, 1, CONTEXT, CONTEXT)
+        mask = torch.tril(torch.ones(shape.context, shape.context)).view(1, 1, shape.context, shape.context)
         for block in model.transformer.h:
             block.attn.flash = False
             block.attn.register_buffer("bias", mask)
     run = torch.compile(model) if compiled else model
-    return steps(model, adamw(model), lambda batch: run(batch.input_ids, batch.targets)[1], text_batches(), precision)
+    return steps(
+        model, adamw(model), lambda batch: run(batch.input_ids, batch.targets)[1], text_batches(shape), precision
+    )
 
 
 def gpt2(precision: str) -> Work:
@@ -158,11 +197,11 @@ def gpt2(precision: str) -> Work:
 
     torch.manual_seed(1)
     config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=CONTEXT,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
+        vocab_size=SMALL.vocab,
+        n_positions=SMALL.context,
+        n_embd=SMALL.width,
+        n_layer=SMALL.layers,
+        n_head=SMALL.heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -174,7 +213,7 @@ def gpt2(precision: str) -> Work:
         logits = model(batch.input_ids).logits
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
 
-    return steps(model, adamw(model), loss_of, text_batches(), precision)
+    return steps(model, adamw(model), loss_of, text_batches(SMALL), precision)
 
 
 # Encoder–decoder, 4 + 4 × 128
@@ -261,6 +300,10 @@ def works(section: str, options: argparse.Namespace) -> dict[str, Callable[[], W
         return {"triglot": lambda: our_translator(precision, pair_batches(options.data))} | {
             f"transformers Marian, {one}": partial(their_translator, options, one) for one in precisions
         }
+    if section == "gpu":
+        large = partial(nanogpt, options.nanogpt, "bf16", fused_attention=True, compiled=True, shape=LARGE)
+        theirs = {} if options.nanogpt is None else {"nanoGPT, compiled": large}
+        return {"triglot": lambda: our_decoder("bf16", LARGE), **theirs}
     sides = {"triglot": lambda: our_decoder(precision), "transformers GPT-2": lambda: gpt2(precision)}
     if options.nanogpt is not None:
         tuned, shipped = "nanoGPT, tuned", "nanoGPT as shipped"
@@ -272,12 +315,6 @@ def works(section: str, options: argparse.Namespace) -> dict[str, Callable[[], W
 def their_translator(options: argparse.Namespace, precision: str) -> Work:
     """Marian over the same batches."""
     return marian(precision, pair_batches(options.data))
-
-
-def flops_per_token() -> float:
-    """Of a training step of the decoder: three times the forward pass' products, attention at half for causality."""
-    per_layer = 2 * 12 * WIDTH**2 + 2 * 2 * CONTEXT * WIDTH / 2
-    return 3 * (LAYERS * per_layer + 2 * VOCAB * WIDTH)
 
 
 def main() -> None:
@@ -298,6 +335,8 @@ def main() -> None:
         return
     sections = ["decoder"] + ["pairs"] * (options.data is not None)
     found = [row for section in sections for laptop in (False, True) for row in section_rows(section, laptop, options)]
+    if torch.cuda.is_available():
+        found += section_rows("gpu", False, options)
     measure.report(found, options.json)
 
 
@@ -322,15 +361,27 @@ def section_rows(section: str, laptop: bool, options: argparse.Namespace) -> lis
     if laptop:
         return rows
     if section == "decoder":
-        rows.append(share_of_rate(title, found["triglot"]))
+        rate = measure.matmul_rate(torch.bfloat16)
+        rows.append(share_of_rate(f"{title}: share of the matmul rate", found["triglot"], SMALL, rate))
+    if section == "gpu":
+        rows += [
+            share_of_rate(f"{title}, {side}: share of the specified rate", speeds, LARGE, specified_rate())
+            for side, speeds in found.items()
+        ]
     return rows + measure.rows(f"{title}, peak memory", memory, "triglot", "MiB")
 
 
-def share_of_rate(title: str, speeds: Sequence[float]) -> Row:
-    """How much of the machine's matmul rate our training step comes to."""
-    reached, rate = statistics.median(speeds) * flops_per_token(), measure.matmul_rate(torch.bfloat16)
+def specified_rate() -> float:
+    """What the maker says of the GPU; nan for one that is not known here."""
+    name = torch.cuda.get_device_name()
+    return next((rate for part, rate in SPECIFIED.items() if part in name), float("nan"))
+
+
+def share_of_rate(name: str, speeds: Sequence[float], shape: Shape, rate: float) -> Row:
+    """How much of a rate of floating-point operations a decoder's training step comes to."""
+    reached = statistics.median(speeds) * shape.flops_per_token
     return {
-        "name": f"{title}: share of the matmul rate",
+        "name": name,
         "ours": reached / 1e9,
         "peer": rate / 1e9,
         "ratio": reached / rate,

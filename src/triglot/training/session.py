@@ -27,6 +27,7 @@ from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
 from triglot.recipe import flat, from_dict, load_config, to_dict
 from triglot.tokenizer import Tokenizers
+from triglot.training.compiling import compile_blocks
 from triglot.training.metrics import MetricsLog, Reporter, Silent
 from triglot.training.optim import make_optimizer
 from triglot.training.precision import faster_precision
@@ -180,6 +181,8 @@ class Session:
         """Train from the last checkpoint, or from the start, to the end."""
         together, progress = self.together()
         log, notes = MetricsLog(self.run / "metrics.jsonl"), self.notes()
+        if self.device.type == "cuda" and self.team.size == 1:
+            compile_blocks(self.model)
         if self.team.is_first:
             log.cut(progress)
             notes += self.clear()
