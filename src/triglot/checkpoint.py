@@ -73,6 +73,8 @@ class Progress:
     best: str | None = None
     """The name of the best checkpoint so far."""
     best_score: float | None = None
+    stale: int = 0
+    """Evaluations since the best one."""
 
 
 def step_name(step: int) -> str:

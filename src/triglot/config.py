@@ -268,6 +268,8 @@ class TrainConfig(Checked):
     log_every: Count = 10
     keep_best: Literal["loss", "bleu", "exact_match"] = "loss"
     """The metric that chooses the best checkpoint."""
+    patience: Count | None = None
+    """Stop after so many evaluations without a new best one by `keep_best`."""
     average: Natural = 0
     """Score at the end the mean of the last so many checkpoints' weights too, `eval_every` steps apart; 0: none."""
 

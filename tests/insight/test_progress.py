@@ -63,3 +63,11 @@ def test_loss_speed_scores_and_the_best_are_shown():
     ):
         assert text in said
     assert "stopped after step 11;" in said
+
+
+@pytest.mark.parametrize("stale", [2, 3])
+def test_an_end_for_want_of_anything_better_is_told(stale):
+    shown, output = bar(patience=3, keep_best="bleu")
+    shown.finish(Progress(step=11, stale=stale), stopped=False)
+    told = "ended after step 11: no better bleu in 3 evaluations; --resume goes on from there with a larger train.pat"
+    assert (told in output.getvalue()) == (stale == 3)

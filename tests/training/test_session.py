@@ -391,6 +391,28 @@ def test_evaluators_see_the_model_and_can_choose_the_best(tmp_path, data):
     assert find_checkpoint(tmp_path / "run").name == "step-00000006"
 
 
+def chance(model, prepared, config) -> dict[str, float]:
+    """A score as good as thrown, but the same for the same weights."""
+    return {"bleu": round(1e6 * sum(weight.sum().item() for weight in model.parameters())) % 13.0}
+
+
+def test_a_run_that_patience_ended_goes_on_only_where_there_is_more_of_it(tmp_path, data):
+    how = {"keep_best": "bleu", "eval_every": 1, "max_steps": 211, "learning_rate": 0.01}
+    config, more = (make_config(data, "encoder_decoder", patience=patience, **how) for patience in (3, 5))
+    ended = train(config, tmp_path / "whole", evaluators=[chance]).progress
+    assert 3 < ended.step < 211
+    for number, by in enumerate(("crash", "SIGINT")):
+        with pytest.raises(Crash) if by == "crash" else nullcontext():
+            reporter = Ending(ended.step - 1 + number, by)
+            train(config, tmp_path / "parts", resume=number > 0, reporter=reporter, evaluators=[chance])
+    for _ in range(2):
+        assert train(config, tmp_path / "parts", resume=True, evaluators=[chance]).progress.stale == 3
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    train(more, tmp_path / "parts", resume=True, evaluators=[chance])
+    assert train(more, tmp_path / "more", evaluators=[chance]).progress.step > ended.step
+    assert untimed(tmp_path / "more") == untimed(tmp_path / "parts")
+
+
 def test_a_language_model_has_no_bleu_to_choose_by(tmp_path, data):
     with pytest.raises(ConfigError, match="keep_best"):
         train(make_config(data, keep_best="bleu"), tmp_path / "run", evaluators=[lambda *_: {}])

@@ -175,6 +175,28 @@ def test_the_best_checkpoint_is_the_first_with_the_lowest_loss_or_the_highest_sc
     assert run.progress.best_score == scores[best - 1]
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["loss", "bleu"])
+def test_patience_ends_a_run_when_so_many_evaluations_in_a_row_were_not_better(tmp_path, sign):
+    values = (sign * score for score in [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, math.nan, 0.0])
+    metric = "loss" if sign == 1 else "bleu"
+    how = {"keep_best": metric, "evaluators": [lambda: {metric: next(values)}]}
+    run = Run(tmp_path, max_steps=8, eval_every=1, patience=3, **how)
+    assert run.fit() is None
+    assert (run.progress.step, run.progress.best, run.progress.stale) == (7, "step-00000004", 3)
+    assert run.saved[-1] == run.progress
+    run.fit()
+    assert run.progress.step == 7
+    run.trainer.config = dataclasses.replace(run.config, patience=4)
+    run.fit()
+    assert (run.progress.step, run.progress.best, run.progress.stale) == (8, "step-00000008", 0)
+
+
+def test_a_loss_that_is_never_a_number_is_never_better(tmp_path):
+    run = Run(tmp_path, max_steps=8, eval_every=1, patience=2, evaluators=[lambda: {"loss": math.nan}])
+    run.fit()
+    assert (run.progress.step, run.progress.best) == (3, "step-00000001")
+
+
 def test_a_metric_that_nobody_computes_cannot_choose(tmp_path):
     with pytest.raises(ConfigError, match=r"`train.keep_best` must be one of loss, but is 'bleu' instead"):
         Run(tmp_path, keep_best="bleu").fit()

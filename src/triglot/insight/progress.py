@@ -75,5 +75,9 @@ class Bar:
     def finish(self, progress: checkpoint.Progress, stopped: bool) -> None:
         """End the bar."""
         self.bar.stop()
-        if stopped:
+        if self.config.patience is not None and progress.stale >= self.config.patience:
+            said = f"ended after step {progress.step}: no better {self.config.keep_best} in {progress.stale}"
+            said += " evaluations; --resume goes on from there with a larger train.patience"
+            self.console.print(said, markup=False, highlight=False, soft_wrap=True)
+        elif stopped:
             self.console.print(f"stopped after step {progress.step}; --resume goes on from there", markup=False)

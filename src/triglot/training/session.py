@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "train.max_skipped",
     "train.eval_every",
     "train.log_every",
+    "train.patience",
     "train.average",
     "train.parallel",
 )

@@ -176,7 +176,7 @@ class Trainer:
                 if due and self.evaluate(stop):
                     self.checkpoint()
                     self.lap += time.perf_counter() - paused
-                if finished or (due and self.stopped(stop)):
+                if finished or self.out_of_patience or (due and self.stopped(stop)):
                     break
                 self.step(self.feed.take(self.config.accumulate))
             if self.saved != self.progress.step:
@@ -192,6 +192,11 @@ class Trainer:
         limit, minutes = self.config.max_minutes, self.progress.seconds / 60
         out_of_time = limit is not None and bool(self.team.highest(minutes >= limit))
         return self.progress.step >= self.config.max_steps or self.feed.empty or out_of_time
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last evaluations, as many as the config waits for, have found nothing better."""
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
 
     def step(self, taken: Sequence[MicroBatch]) -> None:
         """One step of the optimizer over all of `taken`, as if they were one batch; skipped if it would do harm."""
@@ -312,6 +317,7 @@ class Trainer:
             return False
         at.evaluated, at.scores, at.seconds = at.step, scores, time.perf_counter() - self.began
         is_best = self.is_better(scores)
+        at.stale = 0 if is_best else at.stale + 1
         if is_best:
             at.best, at.best_score = step_name(at.step), scores[self.config.keep_best]
         line = {"kind": "eval", "step": at.step, **scores, "seconds": at.seconds}
@@ -337,7 +343,7 @@ class Trainer:
         """Whether scores beat the best so far: a loss by being lower, all else by being higher; a draw does not."""
         new, old = scores[self.config.keep_best], self.progress.best_score
         if old is None or math.isnan(old):
-            return True
+            return old is None or not math.isnan(new)
         return new < old if self.config.keep_best == "loss" else new > old
 
     def write(self, line: Line) -> None:
