@@ -75,6 +75,10 @@ class Progress:
     best_score: float | None = None
     stale: int = 0
     """Evaluations since the best one."""
+    lowest: list[Any] | None = None
+    """The lowest validation loss so far, the training loss at that time, and the step."""
+    above: int = 0
+    """Evaluations in a row, of late, that found the run overfitting."""
 
 
 def step_name(step: int) -> str:

@@ -50,6 +50,7 @@ def test_loss_speed_scores_and_the_best_are_shown():
     shown.evaluated({"kind": "eval", "step": 10, "loss": 1.875, "bleu": math.pi}, is_best=True)
     shown.step(LINE | {"step": 11})
     shown.skipped({"kind": "skipped", "step": 12, "reason": "the loss is a spike"})
+    shown.noted({"kind": "note", "step": 12, "note": "the run [begins] to overfit"})
     assert shown.bar.tasks[0].completed == 12
     shown.finish(Progress(step=11), stopped=True)
     said = Text.from_ansi(output.getvalue()).plain
@@ -60,6 +61,7 @@ def test_loss_speed_scores_and_the_best_are_shown():
         "bleu 3.1416  best so far",
         "best loss 1.875",
         "step 12 skipped: the loss is a spike",
+        "step 12: the run [begins] to overfit",
     ):
         assert text in said
     assert "stopped after step 11;" in said

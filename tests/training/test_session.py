@@ -413,6 +413,24 @@ def test_a_run_that_patience_ended_goes_on_only_where_there_is_more_of_it(tmp_pa
     assert untimed(tmp_path / "more") == untimed(tmp_path / "parts")
 
 
+def rising(model, prepared, config) -> dict[str, float]:
+    """Validation losses that rise as training goes on."""
+    return {"loss": sum(weight.square().sum().item() for weight in model.parameters())}
+
+
+def test_overfitting_is_told_once_however_often_a_run_is_resumed(tmp_path, data):
+    config = make_config(data, eval_every=1, max_steps=31, learning_rate=0.03)
+    train(config, tmp_path / "whole", evaluators=[rising])
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    (note,) = (line for line in lines if line["kind"] == "note")
+    assert 4 <= note["step"] < 25
+    for number, step in enumerate(range(note["step"] - 2, note["step"] + 3)):
+        with pytest.raises(Crash):
+            train(config, tmp_path / "parts", resume=number > 0, reporter=Ending(step, "crash"), evaluators=[rising])
+    train(config, tmp_path / "parts", resume=True, evaluators=[rising])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_language_model_has_no_bleu_to_choose_by(tmp_path, data):
     with pytest.raises(ConfigError, match="keep_best"):
         train(make_config(data, keep_best="bleu"), tmp_path / "run", evaluators=[lambda *_: {}])

@@ -72,6 +72,10 @@ class Bar:
         said = f"step {line['step']}: validation {told}{mark}"
         self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
+    def noted(self, line: Line) -> None:
+        """Print the note."""
+        self.console.print(f"step {line['step']}: {line['note']}", style="yellow", markup=False, highlight=False)
+
     def finish(self, progress: checkpoint.Progress, stopped: bool) -> None:
         """End the bar."""
         self.bar.stop()

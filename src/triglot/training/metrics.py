@@ -15,7 +15,7 @@ from triglot.files import sync, write_text
 from triglot.objective import ExpertStats
 
 Line = Mapping[str, Any]
-"""`kind` is train, skipped, eval or average; `step` the step after which it was written; losses are nats per token.
+"""`kind` is train, skipped, eval, note or average, `step` the last step before it; losses are nats per token.
 
 In a skipped line a loss or gradient norm that is not finite is null, and `batches` are the step's micro-batches, each
 as its epoch and its index there.
@@ -38,6 +38,9 @@ class Reporter(Protocol):
     def evaluated(self, line: Line, is_best: bool) -> None:
         """An evaluation is done."""
 
+    def noted(self, line: Line) -> None:
+        """An evaluation has shown what whoever trains should know."""
+
     def finish(self, progress: Progress, stopped: bool) -> None:
         """Training has ended: by itself, by an error, or `stopped` by a signal after the last step's checkpoint."""
 
@@ -55,6 +58,9 @@ class Silent:
         """Show nothing."""
 
     def evaluated(self, line: Line, is_best: bool) -> None:
+        """Show nothing."""
+
+    def noted(self, line: Line) -> None:
         """Show nothing."""
 
     def finish(self, progress: Progress, stopped: bool) -> None:
@@ -88,7 +94,7 @@ class MetricsLog:
 
 
 def _is_before(line: Line, progress: Progress) -> bool:
-    last = {"train": progress.step, "skipped": progress.step, "eval": progress.evaluated}
+    last = {"train": progress.step, "skipped": progress.step, "eval": progress.evaluated, "note": progress.evaluated}
     return bool(line["step"] <= last.get(line["kind"], -1))
 
 

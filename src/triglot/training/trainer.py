@@ -25,6 +25,7 @@ from triglot.objective import ExpertStats, Objective, Totals, autocast, evaluati
 from triglot.training.guard import WINDOW, fault, num_recent
 from triglot.training.metrics import Line, MetricsLog, Reporter, describe_experts
 from triglot.training.optim import learning_rate
+from triglot.training.overfit import overfitting
 
 Evaluate = Callable[[], Mapping[str, float]]
 """Scores of the model as it is, beside its validation loss; called in evaluation mode."""
@@ -323,6 +324,10 @@ class Trainer:
         line = {"kind": "eval", "step": at.step, **scores, "seconds": at.seconds}
         self.log.write(line)
         self.reporter.evaluated(line, is_best)
+        if note := overfitting(at, scores["loss"]):
+            line = {"kind": "note", "step": at.step, "note": note}
+            self.log.write(line)
+            self.reporter.noted(line)
         return True
 
     def scores(self, stop: Stop) -> dict[str, float]:
