@@ -2,7 +2,7 @@
 
     config.json                     the resolved recipe
     tokenizer.json                  or source.json and target.json
-    metrics.jsonl, environment.json for people; no model is loaded from them
+    metrics.jsonl, samples.md       for people, like environment.json; no model is loaded from them
     checkpoints/step-00000200/      config.json, model.safetensors, optimizer.safetensors, rng.safetensors, state.json
                                     and, written last, manifest.json with the SHA-256 of each, of the tokenizer and of
                                     data/manifest.json

@@ -270,6 +270,8 @@ class TrainConfig(Checked):
     """The metric that chooses the best checkpoint."""
     patience: Count | None = None
     """Stop after so many evaluations without a new best one by `keep_best`."""
+    samples: Natural = 3
+    """So many are decoded at each evaluation, into samples.md; 0: none."""
     average: Natural = 0
     """Score at the end the mean of the last so many checkpoints' weights too, `eval_every` steps apart; 0: none."""
 

@@ -56,6 +56,7 @@ def config_of(small_data) -> Callable[..., Any]:
             "data": {"root": str(small_data), "valid": 0.1, "document": "line", **source},
             "tokenizer": {"kind": "byte"},
             "train": TRAIN | train,
+            "generation": {"max_new_tokens": 5},
         }
         return from_dict(RunConfig, values)
 
@@ -75,7 +76,7 @@ def _content_of(run: Path) -> dict[str, str]:
 
     last = find_checkpoint(run, "last")
     files = [*last.glob("*.safetensors"), last / "config.json", find_checkpoint(run) / "model.safetensors"]
-    files += [run / "config.json", run / "tokenizer.json", *(run / "data").iterdir()]
+    files += [run / "config.json", run / "tokenizer.json", *(run / "data").iterdir(), *run.glob("samples.md")]
     contents = {str(path.relative_to(run)): path.read_bytes() for path in files}
     lines = [_untimed(line) for line in read_metrics(run / "metrics.jsonl")]  # each step's loss: the order of the data
     told = {"metrics": lines, "state": _untimed(dataclasses.asdict(read_progress(last)))}

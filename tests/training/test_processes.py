@@ -19,6 +19,7 @@ from triglot.config import RunConfig
 from triglot.data.prepare import prepare
 from triglot.errors import ConfigError
 from triglot.recipe import from_dict
+from triglot.training import samples
 from triglot.training.metrics import read_metrics
 from triglot.training.session import check, train
 
@@ -98,6 +99,7 @@ def config_values(data: Path, kind: str, experts: bool, **train) -> dict:
             "max_steps": 7, "accumulate": 2, "context": 23, "batch_tokens": 251, "warmup_steps": 3, "eval_every": 3,
             "log_every": 1, "threads": 1, "precision": "fp32", "label_smoothing": 0.1, "schedule": "constant",
         } | train,
+        "generation": {"max_new_tokens": 5},
     }  # fmt: skip
 
 
@@ -195,6 +197,7 @@ def test_what_several_wrote_is_loaded_like_any_other(runs):
     loaded = load_model(runs / "two")
     assert loaded.config == read_config(find_checkpoint(runs / "two"))
     assert json.loads((runs / "two" / "environment.json").read_text())["processes"] == SIZE
+    assert [step for step, _ in samples.read(runs / "two" / samples.FILE)] == [0, 3, 6, 7]
 
 
 def endless(data: Path, run: Path, how: str) -> Processes:

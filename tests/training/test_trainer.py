@@ -1,7 +1,6 @@
 """What holds for the training loop, whatever it trains."""
 
 import dataclasses
-import json
 import math
 import signal
 
@@ -367,18 +366,6 @@ def test_going_on_from_any_position_gives_what_would_have_come(counts, takes, da
             assert (one.epoch, one.index) == (other.epoch, other.index)
             assert torch.equal(one.batch.input_ids, other.batch.input_ids)
             assert torch.equal(one.batch.targets, other.batch.targets)
-
-
-def test_the_metrics_are_cut_behind_the_checkpoint_and_a_torn_line_is_dropped(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for line in [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "eval", "note", "skipped")]:
-        log.write(line)
-    log.write({"kind": "average", "step": 2})
-    with log.path.open("a") as file:
-        file.write('{"kind": "tra')
-    log.cut(Progress(step=2, evaluated=1))
-    kept = [(line["kind"], line["step"]) for line in map(json.loads, log.path.read_text().splitlines())]
-    assert kept == [("train", 1), ("eval", 1), ("note", 1), ("skipped", 1), ("train", 2), ("skipped", 2)]
 
 
 def test_choosing_a_precision_changes_nothing():

@@ -1,14 +1,10 @@
 """A run from its recipe to its last checkpoint: `train` puts the parts together."""
 
 import dataclasses
-import json
-import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +23,9 @@ from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
 from triglot.recipe import flat, from_dict, load_config, to_dict
 from triglot.tokenizer import Tokenizers
+from triglot.training import samples
 from triglot.training.compiling import compile_blocks
+from triglot.training.environment import changes, environment
 from triglot.training.metrics import MetricsLog, Reporter, Silent
 from triglot.training.optim import make_optimizer
 from triglot.training.precision import faster_precision
@@ -44,6 +42,7 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.log_every",
     "train.patience",
+    "train.samples",
     "train.average",
     "train.parallel",
 )
@@ -186,7 +185,12 @@ class Session:
             compile_blocks(self.model)
         if self.team.is_first:
             log.cut(progress)
+            samples.cut(self.run / samples.FILE, progress)
             notes += self.clear()
+        seen = self.model, self.prepared, self.config
+        found = [partial(evaluator, *seen) for evaluator in evaluators]
+        if self.config.train.samples:
+            found.append(partial(samples.write, self.run / samples.FILE, *seen, progress))
         trainer = Trainer(
             self.config.train,
             together,
@@ -194,7 +198,7 @@ class Session:
             self.prepared.valid,
             progress=progress,
             save=partial(self.save, together),
-            evaluators=[partial(evaluator, self.model, self.prepared, self.config) for evaluator in evaluators],
+            evaluators=found,
             log=log,
             reporter=reporter,
             device=self.device,
@@ -345,36 +349,6 @@ def merge(given: RunConfig, stored: RunConfig) -> RunConfig:
     if differing:
         raise ConfigError(f"The run to resume has another recipe: {'; '.join(differing)}.")
     return replace_in(stored, "train", **{key.removeprefix("train."): new[key] for key in MAY_CHANGE})
-
-
-def environment(config: RunConfig, device: torch.device, num_processes: int) -> dict[str, Any]:
-    """Where a run was made: what its last bits depend on."""
-    on_gpu = device.type == "cuda"
-    return {
-        "triglot": version("triglot"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else torch.cpu.get_capabilities().get("cpu_name", "cpu"),
-        "processes": num_processes,
-        "threads": config.train.threads,
-        "precision": config.train.precision,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def changes(path: Path, now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when the run was last started, and may change its last bits."""
-    if not path.exists():
-        return []
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        return [f"{path} is damaged, so nobody knows what has changed since the last start: {error}"]
-    differing = [key for key in now if key != "started" and before.get(key) != now[key]]
-    return [
-        f"{key} is {now[key]} and was {before.get(key)}: results may differ in their last bits" for key in differing
-    ]
 
 
 @contextmanager
