@@ -97,7 +97,7 @@ def test_help_loads_no_torch_and_names_every_command():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-    for command in ("demo", "tokenizer", "train", "generate", "translate", "evaluate", "inspect", "explain"):
+    for command in ("demo", "tokenizer", "train", "generate", "translate", "evaluate", "inspect", "explain", "runs"):
         assert f"\N{BOX DRAWINGS LIGHT VERTICAL} {command} " in output
 
 
@@ -311,3 +311,19 @@ def test_explain_writes_a_page(folder, tmp_path):
     page = tmp_path / "page.html"
     assert str(page) in succeed("explain", folder / "writer", "--text", "to be", "--out", page).replace("\n", "")
     assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
+
+
+def test_runs_are_compared_in_the_terminal_and_on_a_page(folder, tmp_path):
+    page = tmp_path / "deep" / "runs.html"
+    output = succeed("runs", folder, "--sort", "loss", "--html", page)
+    for said in ("writer", "translator", "finished", "model.kind", str(page)):
+        assert said in output.replace("\n", " ")
+    assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
+    assert "`--html` must be a file that is not there yet" in refuse("runs", folder, "--html", page)
+
+
+def test_what_holds_no_run_or_was_not_measured_so_is_refused(folder, tmp_path, monkeypatch):
+    assert "`FOLDER` must be a folder with runs" in refuse("runs", tmp_path)
+    assert "`--sort` must be one of name, started, loss" in refuse("runs", folder, "--sort", "speed")
+    monkeypatch.chdir(tmp_path)
+    assert "`FOLDER` must be a folder, but is 'runs'" in refuse("runs")

@@ -3,28 +3,25 @@
 The page is a single file that needs no network: the numbers are those of the model's own `run`, embedded as JSON.
 """
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from triglot.checkpoint import find_checkpoint, load_model
 from triglot.errors import ConfigError, DataError, require
 from triglot.files import write_text
 from triglot.generation.engine import Engine
+from triglot.insight.page import Page, render
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.layers.moe import MixtureOfExperts, Routing
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.tokenizer import Tokenizer, Tokenizers
 
-Page = dict[str, Any]
 SCALE = 1000
 """Weights are stored as whole thousandths."""
 TOP = 5
@@ -59,22 +56,8 @@ def explain(
     name = find_checkpoint(run, which).name
     page["facts"] += [["Model", f"{type(model).__name__}, {shape}"], ["Run", f"{run.resolve().name}, {name}"]]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(page))
+    write_text(out, render("explain", page))
     return out
-
-
-def render(page: Page) -> str:
-    """The page as HTML; the policy in its head lets nothing run but its own script, and nothing load."""
-    pages = Environment(
-        loader=PackageLoader("triglot.insight", "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
-    pages.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return pages.get_template("explain.html.jinja").render(page=page) + "\n"
 
 
 # What the pages are made of

@@ -105,7 +105,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts[:-1], start=1):  # what follows the last line feed is empty or cut off
         try:
             line = dict(json.loads(text))
-            line["kind"], line["step"]
+            line["kind"], line["step"] + 0
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}, line {number} is no line of metrics: {text[:60]!r}") from error
         lines.append(line)

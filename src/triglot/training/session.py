@@ -18,7 +18,7 @@ from triglot.data.prepare import Prepared, prepare
 from triglot.distributed.parallel import Parallel, parallel
 from triglot.distributed.team import Team, local_device, team
 from triglot.errors import CheckpointError, ConfigError, require
-from triglot.files import write_json
+from triglot.files import at_work, write_json
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
 from triglot.recipe import flat, from_dict, load_config, to_dict
@@ -206,9 +206,10 @@ class Session:
         reporter.start(self.config, self.model, progress, notes)
         signal, averaged = None, None
         try:
-            signal = trainer.fit()
-            if signal is None and self.team.is_first:
-                averaged = self.average(trainer)
+            with at_work(self.run):
+                signal = trainer.fit()
+                if signal is None and self.team.is_first:
+                    averaged = self.average(trainer)
         finally:
             reporter.finish(progress, signal is not None)
         return RunResult(self.run, progress, averaged, signal)
