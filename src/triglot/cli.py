@@ -145,6 +145,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint of --out; RECIPE may be left out.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and touch no data.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write RUN/tensorboard, too.")] = False,
     device: Device = None,
 ) -> None:
     """Train what a recipe describes."""
@@ -168,12 +169,19 @@ def train(
     from triglot.insight.curves import draw
     from triglot.insight.progress import Bar
     from triglot.training.allocator import keep_freed_memory
+    from triglot.training.metrics import MetricsLog
     from triglot.training.session import train
 
+    log = MetricsLog
+    if tensorboard:
+        from triglot.training.board import Board
+
+        log = Board
     keep_freed_memory()
     run = out or Path("runs") / path.stem
     evaluators = [score_translations] if config.train.keep_best != "loss" else []
-    result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), device=_device(device))
+    where = _device(device)
+    result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), log=log, device=where)
     if this_rank() == 0:
         if (run / "metrics.jsonl").exists():  # a run stopped in its first steps has logged nothing
             draw(run / "metrics.jsonl", run / "curves.png")

@@ -86,6 +86,9 @@ class MetricsLog:
         if self.path.exists():
             sync(self.path)
 
+    def close(self) -> None:
+        """Nothing more is written."""
+
     def cut(self, progress: Progress) -> None:
         """Remove what was written after the checkpoint that `progress` is of, so that going on writes it once."""
         if self.path.exists():

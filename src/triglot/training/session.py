@@ -86,6 +86,7 @@ def train(
     resume: bool = False,
     evaluators: Sequence[Evaluator] = (),
     reporter: Reporter | None = None,
+    log: Callable[[Path], MetricsLog] = MetricsLog,
     device: str | None = None,
 ) -> RunResult:
     """Train what `config` describes in the folder `run`, or with `resume` go on where its newest whole checkpoint is.
@@ -107,7 +108,8 @@ def train(
         with threads(config.train.threads):
             with removed_on_failure(run if processes.is_first and not resume else None):
                 session = Session(config, run, where, processes, newest)
-            return session.train(evaluators, reporter if reporter and processes.is_first else Silent())
+            shown = reporter if reporter and processes.is_first else Silent()
+            return session.train(evaluators, shown, log(run / "metrics.jsonl"))
 
 
 def beginning(config: RunConfig, run: Path, newest: Newest | None) -> RunConfig:
@@ -177,10 +179,10 @@ class Session:
         self.changes = changes(self.run / "environment.json", now)
         write_json(self.run / "environment.json", now)
 
-    def train(self, evaluators: Sequence[Evaluator], reporter: Reporter) -> RunResult:
+    def train(self, evaluators: Sequence[Evaluator], reporter: Reporter, log: MetricsLog) -> RunResult:
         """Train from the last checkpoint, or from the start, to the end."""
         together, progress = self.together()
-        log, notes = MetricsLog(self.run / "metrics.jsonl"), self.notes()
+        notes = self.notes()
         if self.device.type == "cuda" and self.team.size == 1:
             compile_blocks(self.model)
         if self.team.is_first:
@@ -211,6 +213,7 @@ class Session:
                 if signal is None and self.team.is_first:
                     averaged = self.average(trainer)
         finally:
+            log.close()
             reporter.finish(progress, signal is not None)
         return RunResult(self.run, progress, averaged, signal)
 
