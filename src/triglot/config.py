@@ -156,7 +156,7 @@ class TokenizerConfig(Checked):
     joint: bool = True
     """One tokenizer for both sides of pairs, or one each."""
     dropout: Rate = 0.0
-    """BPE of pairs: the share of merges left out, otherwise in every epoch of training (Provilkov et al. 2020)."""
+    """BPE of pairs: the share of merges left out of the sources, anew in every epoch (Provilkov et al. 2020)."""
     path: str | None = None
     """A trained tokenizer's file or folder."""
 

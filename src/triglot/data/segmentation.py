@@ -5,7 +5,6 @@ from itertools import pairwise
 from random import Random
 
 import numpy as np
-from numpy.typing import NDArray
 
 from triglot.data.corpus import Example
 from triglot.data.dataset import Pairs, Ragged
@@ -52,30 +51,24 @@ class Segmenter:
 
 
 class SampledPairs:
-    """Examples as batches of an epoch, in pieces that chance chooses; where a row gets too long, in its usual ones."""
+    """Examples as batches of an epoch, the sources in pieces that chance chooses; rows that get too long as usual.
+
+    Targets keep their usual pieces: a model that has to guess how a word will be cut has less to spend on which word.
+    """
 
     def __init__(self, tokenizers: Tokenizers, dropout: float, examples: Sequence[Example], usual: Pairs, seed: int):
         self.usual, self.seed = usual, seed
-        source = Segmenter(tokenizers.source, dropout, seed)
-        target = source if tokenizers.joint else Segmenter(tokenizers.target, dropout, seed)
-        self.sides = [
-            (source, source.split([example.source for example in examples])),
-            (target, target.split([example.target for example in examples])),
-        ]
+        self.segmenter = Segmenter(tokenizers.source, dropout, seed)
+        self.words = self.segmenter.split([example.source for example in examples])
         marks = [tokenizers.mark_source([], example.tag) for example in examples]
         self.heads, self.tails = Ragged.of(mark[:-1] for mark in marks), Ragged.of(mark[-1:] for mark in marks)
 
     def __call__(self, epoch: int) -> Pairs:
         random = np.random.default_rng((self.seed, epoch, 1))
-        bodies, targets = (segmenter.sample(words, random) for segmenter, words in self.sides)
-        sources = Ragged.beside([self.heads, bodies, self.tails])
-        fits = np.maximum(sources.lengths, targets.lengths + 1) <= self.usual.longest.max()
-        sources, targets = _chosen(fits, sources, self.usual.sources), _chosen(fits, targets, self.usual.targets)
-        return Pairs(sources, targets, self.usual.batch_tokens, self.seed)
-
-
-def _chosen(rows: NDArray[np.bool_], where: Ragged, elsewhere: Ragged) -> Ragged:
-    return Ragged.of((where if row else elsewhere)[number].tolist() for number, row in enumerate(rows))
+        sampled = Ragged.beside([self.heads, self.segmenter.sample(self.words, random), self.tails])
+        fits, usual = sampled.lengths <= self.usual.longest.max(), self.usual.sources
+        sources = Ragged.of((sampled if fit else usual)[row].tolist() for row, fit in enumerate(fits))
+        return Pairs(sources, self.usual.targets, self.usual.batch_tokens, self.seed)
 
 
 def segment(word: str, merges: Merges, dropout: float, random: Random) -> list[int]:
