@@ -12,7 +12,10 @@ from triglot.objective import Objective
 from triglot.training.compiling import compile_blocks
 
 VOCAB, LENGTH = 13, 7
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every tensor's
+pytestmark = [
+    pytest.mark.usefixtures("compiler"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at every tensor's
+]
 
 
 def make(kind, **options):
