@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import measure
 from triglot import losses, objective
@@ -29,6 +30,8 @@ from triglot.training import session
 
 Change = Callable[[nn.Module], None]
 SOFT_CAP = 15.0
+EMA = 0.99
+BIGRAMS = 1024
 
 
 def zero_init(model: nn.Module) -> None:
@@ -122,6 +125,43 @@ def soft_cap(_: nn.Module) -> None:
     objective.projected_cross_entropy = capped
 
 
+def bigrams(model: nn.Module) -> None:
+    """A second embedding, of a token and the one before it, hashed (modded-nanogpt)."""
+    tokens: Any = model.embedding.tokens  # type: ignore[union-attr]
+    tokens.bigrams = nn.Embedding(BIGRAMS, tokens.embedding_dim)
+    nn.init.zeros_(tokens.bigrams.weight)
+
+    def add(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        (ids,) = inputs
+        hashed = (F.pad(ids[:, :-1], (1, 0)) * 36313 + ids * 27191) % BIGRAMS
+        return output + module.bigrams(hashed).to(output.dtype)
+
+    tokens.register_forward_hook(add)
+
+
+def ema(model: Any) -> None:
+    """What is scored is the exponential moving average of the weights (Polyak and Juditsky 1992)."""
+    averages: list[Tensor] = []
+    set_mode = model.train
+
+    def follow(*_: Any) -> None:
+        weights = [weight.detach() for weight in model.parameters()]
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - EMA)
+        else:
+            averages.extend(weight.clone() for weight in weights)
+
+    def swap(mode: bool = True) -> Any:
+        if averages and mode != model.training:
+            for weight, average in zip(model.parameters(), averages, strict=True):
+                weight.data, average.data = average.data.clone(), weight.data.clone()
+        return set_mode(mode)
+
+    HANDLES.append(register_optimizer_step_post_hook(follow))
+    model.train = swap
+
+
+HANDLES: list[Any] = []
 CHANGES: dict[str, Change] = {
     "plain": lambda _: None,
     "zero-init": zero_init,
@@ -131,6 +171,8 @@ CHANGES: dict[str, Change] = {
     "x0-skip": x0_skip,
     "relu2": relu_squared,
     "soft-cap": soft_cap,
+    "bigrams": bigrams,
+    "ema": ema,
 }
 VALUES: dict[str, list[str]] = {
     "adamw": ["train.optimizer=adamw"],
@@ -159,6 +201,8 @@ def run(config: RunConfig, change: Change) -> dict[str, float]:
         result = session.train(config, out)
         seconds = time.perf_counter() - began
     feed_forward.activate, objective.projected_cross_entropy = before
+    while HANDLES:
+        HANDLES.pop().remove()
     scores = result.averaged or result.progress.scores
     return {"loss": scores["loss"], "seconds": seconds}
 

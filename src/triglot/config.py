@@ -188,7 +188,9 @@ class DataConfig(Checked):
     test_source: str | None = None
     test_target: str | None = None
     test: Rate = 0.0
-    """text: the last share of the characters, kept for `evaluate --split test`; with hold_out "tail"."""
+    """text: the last share of the characters, kept for `evaluate --split test`; with hold_out "tail".
+
+    `valid` is then the first share: next to the test part, it would take its names and story from the training."""
     hold_out: Literal["seeded", "tail"] = "seeded"
     """What a fraction takes: documents or lines drawn by the seed, or the last characters (text) or lines (pairs)."""
     document: Literal["file", "line", "paragraph"] = "file"

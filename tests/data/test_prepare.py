@@ -80,17 +80,17 @@ def test_the_tail_is_the_last_characters_and_nothing_else(root, tmp_path, kind, 
 
 
 @pytest.mark.parametrize("packing", ["crops", "documents"])
-def test_a_tail_to_test_on_comes_behind_the_one_that_validates(root, tmp_path, packing):
+def test_with_a_tail_to_test_on_the_beginning_validates(root, tmp_path, packing):
     text = "Sein oder nicht sein;\nwas — är det för fråga?\n\n" * 23
     (root / "text.txt").write_text(text, encoding="utf-8")
     data = {**TEXT, "valid": 0.125, "test": 0.25, "hold_out": "tail", "packing": packing}
     prepared = prepare(recipe(root, data, tokenizer={"kind": "byte"}), tmp_path / "run", None)
     parts = [
         prepared.tokenizers.target.decode(part.tokens.tolist())
-        for part in (prepared.train, prepared.valid, prepared.test)
+        for part in (prepared.valid, prepared.train, prepared.test)
     ]
     assert "".join(parts) == text
-    assert [round(len(part) / len(text), 2) for part in parts] == pytest.approx([0.625, 0.125, 0.25], abs=0.01)
+    assert [round(len(part) / len(text), 2) for part in parts] == pytest.approx([0.125, 0.625, 0.25], abs=0.01)
 
 
 def test_tiny_shakespeare_is_split_as_everyone_splits_it(tmp_path):

@@ -120,16 +120,21 @@ def _split_text(corpus: TextCorpus, survey: Survey, data: DataConfig, seed: int)
 
 
 def _split_tail(corpus: TextCorpus, characters: int, valid: float, test: float) -> _TextSplit:
-    """The text's beginning, then what validates, then what tests."""
-    borders = [0, int(characters * (1 - test - valid)), int(characters * (1 - test)), characters]
-    require(0 < borders[1] < borders[2], "data.valid", "a part that holds a character", valid, DataError)
+    """What validates is the text's end, or its beginning where its end tests.
+
+    Cut out before what tests, it would keep from training the names that the test's first chapters share with it.
+    """
+    end = int(characters * (1 - (test or valid)))
+    first = int(characters * valid) if test else 0
+    held = (0, first) if test else (end, characters)
+    require(first < end and held[0] < held[1], "data.valid", "a part that holds a character", valid, DataError)
     parts: dict[str, Callable[[], Iterator[Piece]]] = {
-        "train": lambda: choose_characters(corpus.pieces(), 0, borders[1]),
-        "valid": lambda: _without_last_end(choose_characters(corpus.pieces(), borders[1], borders[2])),
+        "train": lambda: choose_characters(corpus.pieces(), first, end),
+        "valid": lambda: _without_last_end(choose_characters(corpus.pieces(), *held)),
     }
     if test:
-        parts["test"] = lambda: _without_last_end(choose_characters(corpus.pieces(), borders[2], characters))
-    return _TextSplit(parts, f"{valid} tail" + f" before {test}" * bool(test))
+        parts["test"] = lambda: _without_last_end(choose_characters(corpus.pieces(), end, characters))
+    return _TextSplit(parts, f"{valid} head, {test} tail" if test else f"{valid} tail")
 
 
 def _without_last_end(pieces: Iterator[Piece]) -> Iterator[Piece]:
