@@ -107,6 +107,10 @@ def test_bleu_and_chrf_are_sacrebleus_own(tmp_path):
     assert found["bleu"] == sacrebleu.corpus_bleu(hypotheses, references).score
     assert found["chrf"] == sacrebleu.corpus_chrf(hypotheses, references).score
     assert f"version:{sacrebleu.__version__}" in found["bleu_signature"]
+    resampled = translation_scores(model, tokenizers, config, examples, resamples=50)
+    assert "bs:50" in resampled["bleu_signature"]
+    assert resampled["bleu"] == found["bleu"]
+    assert resampled["bleu_ci95"] >= 0.0
     assert found["bleu_signature"] != found["chrf_signature"]
     assert found["sentences"] == len(PAIRS)
 

@@ -20,6 +20,8 @@ from triglot.objective import Model, score_batches
 from triglot.tokenizer import Tokenizer, Tokenizers
 
 Split = Literal["valid", "test"]
+RESAMPLES = 1000
+"""Of the sentences, for the 95 % interval of BLEU and chrF (Koehn 2004)."""
 
 
 def evaluate(
@@ -53,7 +55,7 @@ def evaluate(
         raise ConfigError(f"`split` must be one that the recipe's [data] names files for, but is {split!r} instead.")
     data = examples_dataset(examples, tokenizers, config)
     scores = text_scores(model, data, tokenizers.target, torch.device(device))
-    return scores | translation_scores(model, tokenizers, config, examples)
+    return scores | translation_scores(model, tokenizers, config, examples, resamples=RESAMPLES)
 
 
 def text_scores(model: Model, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
@@ -102,9 +104,12 @@ def translate_examples(
 
 
 def translation_scores(
-    model: Model, tokenizers: Tokenizers, config: RunConfig, examples: Sequence[Example]
+    model: Model, tokenizers: Tokenizers, config: RunConfig, examples: Sequence[Example], *, resamples: int = 1
 ) -> dict[str, Any]:
-    """BLEU and chrF with sacrebleu's signatures, and the share of translations that are the reference."""
+    """BLEU and chrF with sacrebleu's signatures, and the share of translations that are the reference.
+
+    With more than one of `resamples`, half the width of their 95 % intervals too: `bleu_ci95` and `chrf_ci95`.
+    """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
@@ -112,9 +117,13 @@ def translation_scores(
     references = [one.target for one in examples]
     bleu = BLEU(tokenize="none", force=True) if config.data.tokenized else BLEU()
     chrf = CHRF()
-    scores = {"bleu": bleu.corpus_score(hypotheses, [references]), "chrf": chrf.corpus_score(hypotheses, [references])}
+    scores = {
+        "bleu": bleu.corpus_score(hypotheses, [references], n_bootstrap=resamples),
+        "chrf": chrf.corpus_score(hypotheses, [references], n_bootstrap=resamples),
+    }
     return {
         **{name: score.score for name, score in scores.items()},
+        **{f"{name}_ci95": score._ci for name, score in scores.items() if resamples > 1},
         "exact_match": exact_match(hypotheses, references),
         "sentences": len(examples),
         "bleu_signature": str(bleu.get_signature()),

@@ -75,7 +75,8 @@ class Muon(torch.optim.Optimizer):
         """Weights of one shape, orthogonalised together."""
         grads = [weight.grad for weight in weights if weight.grad is not None]
         for weight in weights:
-            self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum"] for weight in weights]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's look ahead

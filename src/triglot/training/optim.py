@@ -12,7 +12,6 @@ from triglot.layers.attention import MultiHeadAttention
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.training.muon import Muon
-from triglot.training.precision import has_bf16
 
 FUSED = ("cpu", "cuda", "mps", "xpu")
 """Devices on which PyTorch updates all weights in one kernel."""
@@ -31,7 +30,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             matrices = [weight for weight in decayed if id(weight) in hidden]
             others = [weight for weight in decayed if id(weight) not in hidden]
             groups = decay_groups(others, plain, config.weight_decay)
-            dtype = torch.bfloat16 if has_bf16(decayed[0].device) else torch.float32
+            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             return Muon(matrices, groups, weight_decay=config.weight_decay, dtype=dtype, **adamw)
         case _:
             assert_never(config.optimizer)
