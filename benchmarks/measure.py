@@ -1,6 +1,7 @@
 """How every figure is made: sides take turns in one process, medians are compared, and the machine is written down."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -141,6 +142,17 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def module_of(file: Path, name: str) -> Any:
+    """A peer's source file as a module."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def installed(package: str) -> str | None:

@@ -5,10 +5,8 @@ clip and update. nanoGPT is given as a checkout (github.com/karpathy/nanoGPT); t
 """
 
 import argparse
-import importlib.util
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -163,12 +161,7 @@ def our_decoder(precision: str, shape: Shape = SMALL) -> Work:
 
 def nanogpt(checkout: Path, precision: str, *, fused_attention: bool, compiled: bool, shape: Shape = SMALL) -> Work:
     """nanoGPT's model; its attention written out where `fused_attention` is off, as it is without SDPA."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
+    module = measure.module_of(checkout / "model.py", "nanogpt_model")
     torch.manual_seed(1)
     config = module.GPTConfig(
         block_size=shape.context,
