@@ -203,7 +203,7 @@ def run(config: RunConfig, change: Change) -> dict[str, float]:
     feed_forward.activate, objective.projected_cross_entropy = before
     while HANDLES:
         HANDLES.pop().remove()
-    scores = result.averaged or result.progress.scores
+    scores = result.progress.scores
     return {"loss": scores["loss"], "seconds": seconds}
 
 

@@ -171,13 +171,6 @@ def test_weights_that_do_not_fit_are_listed_by_name(config):
     assert f"{name} is [2, 3], not [{D_FF}, {D_MODEL}]" in str(error.value)
 
 
-def test_the_average_is_the_mean_of_the_weights(run):
-    folders = checkpoint.step_checkpoints(run)
-    each = [checkpoint.read_weights(folder) for folder in folders]
-    for name, mean in checkpoint.average_weights(folders).items():
-        torch.testing.assert_close(mean, torch.stack([weights[name] for weights in each]).mean(0))
-
-
 def test_nothing_in_a_checkpoint_is_a_pickle(run):
     for path in run.rglob("*.*"):
         assert path.suffix in (".json", ".safetensors") or path.is_dir()

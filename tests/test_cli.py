@@ -281,7 +281,7 @@ def test_a_run_is_resumed_without_its_recipe(folder, tmp_path):
     said = succeed("train", "--resume", "--out", run, "--set", "train.max_steps=5", "--device", "cpu")
     assert "last step 5" in said
     assert "`RECIPE` must be given" in refuse("train")
-    assert "`--out` must be a run that was started before" in refuse("train", "--resume", "--out", tmp_path / "none")
+    assert "`run` must be a run that was started before" in refuse("train", "--resume", "--out", tmp_path / "none")
 
 
 def test_a_run_stopped_before_anything_was_logged_says_where_it_stands(folder, tmp_path, monkeypatch):

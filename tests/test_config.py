@@ -214,7 +214,6 @@ REFUSED = [
     (TrainConfig, {"weight_decay": -0.1}),
     (TrainConfig, {"weight_decay": math.nan}),
     (TrainConfig, {"adam_eps": 0.0}),
-    (TrainConfig, {"average": -1}),
     (TrainConfig, {"learning_rate": math.inf}),
     (TrainConfig, {"max_minutes": 0.0}),
     (ExpertOptions, {"num_experts": 3, "capacity_factor": math.inf}),

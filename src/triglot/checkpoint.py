@@ -6,7 +6,6 @@
     checkpoints/step-00000200/      config.json, model.safetensors, optimizer.safetensors, rng.safetensors, state.json
                                     and, written last, manifest.json with the SHA-256 of each, of the tokenizer and of
                                     data/manifest.json
-    checkpoints/average/            the same without optimizer: the mean of the last checkpoints' weights
     checkpoints/damaged-step-…/     what --resume found damaged, and nothing reads any more
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so it is whole or not there; the rename is
@@ -21,7 +20,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,6 @@ from triglot.models.factory import build_model
 from triglot.recipe import from_dict, to_dict
 from triglot.tokenizer import Tokenizers
 
-AVERAGE = "average"
 TOKENIZER_FILES = ("tokenizer.json", "source.json", "target.json")
 DATA_FILE = "data/manifest.json"
 STEP_FOLDER = r"step-\d+(\.replaced)?"
@@ -93,15 +91,14 @@ def step_checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:
-    """The folder of the checkpoint called `which`: best, last, average, or a number of steps."""
-    steps, average = step_checkpoints(run), run / "checkpoints" / AVERAGE
+    """The folder of the checkpoint called `which`: best, last, or a number of steps."""
+    steps = step_checkpoints(run)
     require(bool(steps), "run", "a folder with checkpoints", str(run), CheckpointError)
-    averaged = average.exists()
     if which == "last":
         return steps[-1]
-    folders = {folder.stem: folder for folder in (*steps, *([average] if averaged else []))}
+    folders = {folder.stem: folder for folder in steps}
     if which == "best":
-        which = read_progress(average if averaged else steps[-1]).best or steps[-1].stem
+        which = read_progress(steps[-1]).best or steps[-1].stem
     name = step_name(int(which)) if which.isdecimal() else which
     require(name in folders, "checkpoint", f"best, last or one of {', '.join(folders)}", which, CheckpointError)
     return folders[name]
@@ -261,7 +258,7 @@ class Loaded(NamedTuple):
 def load_model(
     run: Path, which: str = "best", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Loaded:
-    """The model of a run's checkpoint `which` (best, last, average, or a number of steps), in evaluation mode.
+    """The model of a run's checkpoint `which` (best, last, or a number of steps), in evaluation mode.
 
     Raises CheckpointError where something is missing or damaged, or where weights do not fit the config.
     """
@@ -331,17 +328,6 @@ def set_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
         raise CheckpointError(f"The weights of {source} do not fit the model: {'; '.join(sorted(faults))}.")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
-
-
-def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of several checkpoints' weights, summed in float64; whole numbers are the last one's."""
-    mean = read_weights(folders[-1])
-    sums = {name: tensor.double() for name, tensor in mean.items() if tensor.is_floating_point()}
-    for folder in folders[:-1]:
-        others = read_weights(folder)
-        for name, total in sums.items():
-            total += others[name]
-    return mean | {name: (total / len(folders)).to(mean[name].dtype) for name, total in sums.items()}
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:

@@ -75,7 +75,7 @@ class Split(StrEnum):
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
-Which = Annotated[str, typer.Option("--checkpoint", help="best, last, average, or a number of steps.")]
+Which = Annotated[str, typer.Option("--checkpoint", help="best, last, or a number of steps.")]
 Tag = Annotated[
     str | None,
     typer.Option(metavar="TAG", help="The target tag, where pairs had a third column.", show_default=False),
@@ -149,7 +149,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Train what a recipe describes."""
-    from triglot.recipe import load_recipe, load_run, to_dict
+    from triglot.recipe import load_recipe, overridden, to_dict
 
     require(
         recipe is not None or (resume and out is not None),
@@ -158,9 +158,16 @@ def train(
         recipe,
         ConfigError,
     )
-    path = out if recipe is None else find_recipe(recipe)
-    assert path is not None
-    config = (load_run if recipe is None else load_recipe)(path, tuple(settings or ()))
+    changes = tuple(settings or ())
+    if recipe is not None:
+        path = find_recipe(recipe)
+        config = load_recipe(path, changes)
+    else:
+        from triglot.training.session import config_of_run
+
+        assert out is not None
+        path = out
+        config = overridden(config_of_run(out), changes)
     if dry_run:
         typer.echo(json.dumps(to_dict(config), indent=2, ensure_ascii=False))
         return
@@ -365,10 +372,12 @@ def _device(wanted: str | None) -> str:
     """A device that is there; the GPU if nothing is said and there is one."""
     import torch
 
+    from triglot.distributed.team import local_device
+
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=wanted)
+        torch.empty(1, device=local_device(torch.device(wanted)))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"`--device` must be one that is here, but is {wanted!r} instead ({reason}).") from error

@@ -155,8 +155,6 @@ class TokenizerConfig(Checked):
     """Of BPE, special tokens and the 256 bytes included; the other kinds have the size they have."""
     joint: bool = True
     """One tokenizer for both sides of pairs, or one each."""
-    dropout: Rate = 0.0
-    """BPE of pairs: the share of merges left out of the sources, anew in every epoch (Provilkov et al. 2020)."""
     path: str | None = None
     """A trained tokenizer's file or folder."""
 
@@ -192,7 +190,7 @@ class DataConfig(Checked):
 
     `valid` is then the first share: next to the test part, it would take its names and story from the training."""
     hold_out: Literal["seeded", "tail"] = "seeded"
-    """What a fraction takes: documents or lines drawn by the seed, or the last characters (text) or lines (pairs)."""
+    """What a fraction takes: documents or lines drawn by the seed, the last characters (text; see `test`) or lines."""
     document: Literal["file", "line", "paragraph"] = "file"
     """text: what a document is; it stands between the tokens for beginning and end of sequence."""
     packing: Literal["crops", "documents"] = "crops"
@@ -259,7 +257,7 @@ class TrainConfig(Checked):
     label_smoothing: Rate = 0.0
     r_drop: Positive | None = None
     """Each batch is trained on twice, under different dropout, with this weight on how far the predictions are apart
-    (Wu et al. 2021, α); a step takes twice as long."""
+    (Liang et al. 2021, α); a step takes twice as long."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: both are timed on the first batch and the faster one is written into the run."""
     threads: Count | None = None
@@ -268,14 +266,12 @@ class TrainConfig(Checked):
     eval_every: Count = 200
     """Steps between evaluations and checkpoints."""
     log_every: Count = 10
-    keep_best: Literal["loss", "bleu", "exact_match"] = "loss"
+    keep_best: Literal["loss", "bleu", "chrf", "exact_match"] = "loss"
     """The metric that chooses the best checkpoint."""
     patience: Count | None = None
     """Stop after so many evaluations without a new best one by `keep_best`."""
     samples: Natural = 3
     """So many are decoded at each evaluation, into samples.md; 0: none."""
-    average: Natural = 0
-    """Score at the end the mean of the last so many checkpoints' weights too, `eval_every` steps apart; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,10 +313,6 @@ class RunConfig(Checked):
         super().__post_init__()
         fits = (self.model.kind == "encoder_decoder") == (self.data.kind in ("pairs", "phrases"))
         _require(fits, "data.kind", f"one that {self.model.kind} can learn from", self.data.kind)
-        words = self.data.kind == "pairs" and self.tokenizer.kind == "bpe"
-        _require(
-            words or not self.tokenizer.dropout, "tokenizer.dropout", "0 but for pairs in BPE", self.tokenizer.dropout
-        )
         if self.model.kind == "decoder_only":
             rule = f"at most model.max_seq_length ({self.model.max_seq_length})"
             _require(self.train.context <= self.model.max_seq_length, "train.context", rule, self.train.context)

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if sys.platform != "win32":
     import fcntl
@@ -54,14 +55,16 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Have `is_at_work` tell of a folder that a process is at work there, until it ends, however it ends."""
+    """Be the only process of this machine at work in a folder, until this one ends, however it ends.
+
+    BlockingIOError where another is. Some file systems know no locks: nobody is seen at work there, nor kept out.
+    """
     if sys.platform == "win32":  # where folders have no locks
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems know no locks; nobody is seen at work there
-            fcntl.flock(handle, fcntl.LOCK_SH)
+        _lock(handle, "LOCK_EX")
         yield
     finally:
         os.close(handle)
@@ -73,12 +76,26 @@ def is_at_work(folder: Path) -> bool:
         return False
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
+        _lock(handle, "LOCK_SH", patience=0.0)
+    except BlockingIOError:
+        return True
     finally:
         os.close(handle)
     return False
+
+
+def _lock(handle: int, kind: Literal["LOCK_EX", "LOCK_SH"], patience: float = 1.0) -> None:
+    """Lock a folder or raise BlockingIOError, after some seconds: whoever only looks holds one for a moment."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(handle, getattr(fcntl, kind) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.01)
+        except OSError:
+            return None
 
 
 def sync(path: Path) -> None:

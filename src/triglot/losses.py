@@ -53,7 +53,7 @@ def projected_cross_entropy(
     largest tensor of a step is never written out; tokens that are not scored are not projected at all.
 
     With `r_drop`, `hidden` has the batch twice, one behind the other, under different dropout: the loss is the mean of
-    both, and in the total stands r_drop / 4 · (KL(p‖q) + KL(q‖p)) beside it (Wu et al. 2021, R-Drop, half of eq. 4).
+    both, and in the total stands r_drop / 4 · (KL(p‖q) + KL(q‖p)) beside it (R-Drop, Liang et al. 2021, half of eq. 4).
     """
     copies = 1 if r_drop is None else 2
     flat, wanted = hidden.reshape(copies, -1, hidden.size(-1)), targets.flatten()

@@ -1,6 +1,6 @@
 """What a batch costs: the one place where a model meets its data; training minimises it, evaluation reports it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -136,9 +136,8 @@ def score_batches(
     *,
     device: torch.device,
     precision: Literal["fp32", "bf16"] = "fp32",
-    stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
-    """−log p, unsmoothed, summed over every scored token of `batches`; ends early where `stop` says so."""
+    """−log p, unsmoothed, summed over every scored token of `batches`."""
     objective = Objective(model)
     nll, tokens = 0.0, 0
     with evaluating(model, device):
@@ -147,6 +146,4 @@ def score_batches(
             with autocast(device, precision):
                 totals = objective(to_device(batch, device))
             nll, tokens = nll + totals.nll.item(), tokens + int(totals.tokens)
-            if stop():
-                break
     return Scored(nll, tokens)

@@ -118,13 +118,9 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return from_dict(RunConfig, values)
 
 
-def load_run(run: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """The resolved recipe of a run that was started, with overrides as for `load_recipe`."""
-    path = run / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"`--out` must be a run that was started before, but is {str(run)!r} instead.") from error
+def overridden(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
+    """The config with overrides as for `load_recipe`."""
+    values = to_dict(config)
     for override in overrides:
         _override(values, override)
     return from_dict(RunConfig, values)

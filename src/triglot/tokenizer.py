@@ -68,13 +68,6 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-class Merges(NamedTuple):
-    """What BPE knows: which pieces make a longer one, the first learned first, and every piece's id."""
-
-    ranks: dict[tuple[str, str], int]
-    ids: dict[str, int]
-
-
 class Tokenizer:
     """A vocabulary with PAD 0, BOS 1, EOS 2, then the target tags, then the pieces of text."""
 
@@ -141,17 +134,6 @@ class Tokenizer:
                 pass
             raise
         return [one.ids for one in encoded]
-
-    def words(self, text: str) -> list[str]:
-        """The stretches of text that are encoded each on its own, a letter for every byte."""
-        before = self._backend.pre_tokenizer
-        return [text] if before is None else [word for word, _ in before.pre_tokenize_str(text)]
-
-    def merges(self) -> Merges:
-        """BPE's merges; none where there are no pieces longer than a byte or character."""
-        model = json.loads(self._backend.to_str())["model"]
-        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        return Merges({(left, right): rank for rank, (left, right) in enumerate(pairs)}, model["vocab"])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -229,12 +211,10 @@ class Tokenizers(NamedTuple):
     def encode_sources(self, texts: Sequence[str], tags: Sequence[str | None]) -> list[list[int]]:
         """What the encoder reads: [BOS] + text + [EOS], behind the target tag where there is one."""
         bodies = self.source.encode_batch(texts)
-        return [self.mark_source(body, tag) for body, tag in zip(bodies, tags, strict=True)]
-
-    def mark_source(self, body: Sequence[int], tag: str | None) -> list[int]:
-        """A source's ids with the special tokens around them."""
-        head = [] if tag is None else [self.source.tag_id(tag)]
-        return [*head, self.source.bos_id, *body, self.source.eos_id]
+        return [
+            [*([] if tag is None else [self.source.tag_id(tag)]), self.source.bos_id, *body, self.source.eos_id]
+            for body, tag in zip(bodies, tags, strict=True)
+        ]
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, or source.json and target.json, into an existing folder."""

@@ -22,8 +22,8 @@ def train(step, loss, **more):
     return {"kind": "train", "step": step, "loss": loss, "learning_rate": 1e-3} | more
 
 
-def valid(step, loss, kind="eval"):
-    return {"kind": kind, "step": step, "loss": loss}
+def valid(step, loss):
+    return {"kind": "eval", "step": step, "loss": loss}
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def valid(step, loss, kind="eval"):
         [train(10, 3.0)],
         [valid(0, 5.0)],
         [train(10, 3.0), valid(10, 2.9)],
-        [train(step, 5 / step, experts=EXPERTS) for step in range(1, 60)] + [valid(59, 0.2), valid(60, 0.1, "average")],
+        [train(step, 5 / step, experts=EXPERTS) for step in range(1, 60)] + [valid(59, 0.2)],
         [train(10, 3.0, experts=EXPERTS), train(20, 2.0)],
         [train(10, 3.0), valid(10, math.nan)],
     ],
-    ids=["one step", "one evaluation", "both", "experts and average", "one step with experts", "not a number"],
+    ids=["one step", "one evaluation", "both", "experts", "one step with experts", "not a number"],
 )
 def test_draws_what_there_is(tmp_path, lines):
     out = draw(write(tmp_path, lines), tmp_path / "deep" / "curves.png")
@@ -51,7 +51,7 @@ def test_the_picture_names_run_axes_and_the_best_evaluation(tmp_path):
         assert f"<!-- {said}" in text
 
 
-@pytest.mark.parametrize("lines", [None, [], [valid(3, 1.0, "average")]])
+@pytest.mark.parametrize("lines", [None, []])
 def test_says_so_where_nothing_is_logged(tmp_path, lines):
     metrics = tmp_path / "metrics.jsonl" if lines is None else write(tmp_path, lines)
     with pytest.raises(CheckpointError, match="`metrics` must be"):

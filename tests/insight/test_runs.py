@@ -117,8 +117,9 @@ def test_a_run_is_running_as_long_as_a_process_is_at_work_there(tmp_path, end):
     process = context.Process(target=hold, args=(path, ready, go))
     process.start()
     assert ready.wait(120)
-    with at_work(path):  # processes of one run do not hinder each other
-        assert read_run(path, tmp_path).cells["state"] == "running"
+    with pytest.raises(BlockingIOError), at_work(path):
+        pass
+    assert read_run(path, tmp_path).cells["state"] == "running"
     assert is_at_work(path)
     go.set() if end == "itself" else process.kill()
     process.join()

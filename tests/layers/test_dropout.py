@@ -62,5 +62,9 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_zero_and_nothing_is_drawn()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_rate_near_one_never_divides_by_zero():
-    assert dropout(torch.ones(99), 0.998, True).isfinite().all()
+@pytest.mark.parametrize("rate", [0.0005, 0.0019, 0.002, 0.998, 0.999, 0.9999])
+def test_rates_next_to_zero_and_one_are_neither(rate):
+    out = dropout(torch.ones(1009, 1013), rate, True).double()
+    assert (out == 0).double().mean().item() == pytest.approx(rate, abs=0.5 / LEVELS)
+    assert 0 < (out == 0).sum() < out.numel()
+    assert out.mean().item() == pytest.approx(1, abs=0.2)

@@ -48,14 +48,14 @@ def logged(run) -> dict[str, list[tuple[int, float]]]:
     """The same, as metrics.jsonl has it."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in read_metrics(run / "metrics.jsonl"):
-        for name, value in flat(line).items() if line["kind"] != "average" else ():
+        for name, value in flat(line).items():
             if name not in ("step", "kind"):
                 found.setdefault(f"{line['kind']}/{name}", []).append((line["step"], pytest.approx(value, rel=1e-6)))
     return found
 
 
 def test_a_board_shows_the_metrics_and_the_run_is_as_without_it(tmp_path, board, config_of, content_of, architecture):
-    config = config_of(architecture, max_steps=7, log_every=2, average=2)
+    config = config_of(architecture, max_steps=7, log_every=2)
     for name, how in (("with", {"log": board}), ("without", {})):
         train(config, tmp_path / name, **how)
     assert shown(tmp_path / "with") == logged(tmp_path / "with")
@@ -65,7 +65,7 @@ def test_a_board_shows_the_metrics_and_the_run_is_as_without_it(tmp_path, board,
 
 
 def test_a_resumed_run_goes_on_with_each_step_once(tmp_path, board, config_of):
-    config, longer = config_of(max_steps=10, average=2), config_of(max_steps=13, average=2)
+    config, longer = config_of(max_steps=10), config_of(max_steps=13)
     ends = [(2, "train"), (3, "eval"), (5, "train"), (6, "eval")]
     for number, end in enumerate(ends):
         with pytest.raises(End):

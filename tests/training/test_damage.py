@@ -1,5 +1,6 @@
 """Nothing is lost on a disk that is full, and nothing damaged is used."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from triglot.checkpoint import find_checkpoint, newest_whole, step_checkpoints
 from triglot.errors import CheckpointError, ConfigError, DataError, TriglotError
+from triglot.files import at_work
 from triglot.training.metrics import Silent
 from triglot.training.session import train
 
@@ -134,8 +136,8 @@ def runs(tmp_path_factory, config_of) -> Path:
     """A whole run, and one that was stopped between two checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     stop = AtStep(10, lambda: signal.raise_signal(signal.SIGTERM))
-    train(config_of(average=3), folder / "stopped", reporter=stop)
-    train(config_of(average=3), folder / "whole")
+    train(config_of(), folder / "stopped", reporter=stop)
+    train(config_of(), folder / "whole")
     return folder
 
 
@@ -160,7 +162,7 @@ def test_a_damaged_checkpoint_is_told_and_set_aside_and_training_goes_on_from_th
     for folder, name in zip(folders, names, strict=False):
         damage(folder / name)
     reporter = AtStep()
-    train(config_of(average=3), stopped, resume=True, reporter=reporter)
+    train(config_of(), stopped, resume=True, reporter=reporter)
     told = [note for note in reporter.notes if note.startswith("WARNING")]
     assert len(told) == len(names)
     for line, name, folder in zip(told, names, folders, strict=False):
@@ -168,7 +170,7 @@ def test_a_damaged_checkpoint_is_told_and_set_aside_and_training_goes_on_from_th
         assert f"Training goes on from {folders[len(names)].name}" in line
         assert (stopped / "checkpoints" / f"damaged-{folder.name}" / name).exists()
     assert content_of(stopped) == content_of(runs / "whole")
-    train(config_of(average=3), stopped, resume=True, reporter=reporter)
+    train(config_of(), stopped, resume=True, reporter=reporter)
     assert not [note for note in reporter.notes if "WARNING" in note]
 
 
@@ -191,7 +193,7 @@ def test_what_lies_beside_the_checkpoints_is_refused_by_name_and_nothing_is_touc
         (stopped / name).write_bytes(b"\xff" + (stopped / name).read_bytes())
     before = everything(stopped / "checkpoints")
     with pytest.raises(error, match=told):
-        train(config_of(average=3), stopped, resume=True)
+        train(config_of(), stopped, resume=True)
     (small_data / "text.txt").write_bytes(kept)
     assert everything(stopped / "checkpoints") == before
 
@@ -200,20 +202,63 @@ def test_data_that_was_removed_is_prepared_anew_only_from_the_same_text(
     small_data, runs, stopped, config_of, content_of
 ):
     kept = (small_data / "text.txt").read_bytes()
-    for content, error in ((kept.replace(b"ein", b"nie", 1), CheckpointError), (kept, None)):
-        (small_data / "text.txt").write_bytes(content)
-        shutil.rmtree(stopped / "data")
-        if error is not None:
-            with pytest.raises(error, match=r"data/manifest\.json is missing or damaged: it is not what step-00000010"):
-                train(config_of(average=3), stopped, resume=True)
-    train(config_of(average=3), stopped, resume=True)
+    shutil.rmtree(stopped / "data")
+    (small_data / "text.txt").write_bytes(kept.replace(b"ein", b"nie", 1))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or damaged: it is not what step-00000010"):
+        train(config_of(), stopped, resume=True)
+    (small_data / "text.txt").write_bytes(kept)
+    train(config_of(), stopped, resume=True)
     assert content_of(stopped) == content_of(runs / "whole")
+
+
+def test_the_command_line_goes_on_without_a_recipe_where_the_runs_own_is_damaged(runs, stopped, content_of):
+    from typer.testing import CliRunner
+
+    from triglot.cli import app
+
+    (stopped / "config.json").write_bytes(b"\xff\n")
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(stopped), "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    assert content_of(stopped) == content_of(runs / "whole")
+
+
+def test_data_may_have_moved(tmp_path, small_data, runs, stopped, config_of, content_of):
+    config = config_of()
+    moved = shutil.copytree(small_data, tmp_path / "elsewhere")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(moved)))
+    train(config, stopped, resume=True)
+    weights = [name for name in content_of(stopped) if name.endswith("model.safetensors")]
+    assert weights
+    for name in weights:
+        assert content_of(stopped)[name] == content_of(runs / "whole")[name]
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, stopped, config_of):
+    new = tmp_path / "new"
+    new.mkdir()
+    for run, resume in ((stopped, True), (new, False)):
+        before = everything(run)
+        with at_work(run), pytest.raises(ConfigError, match="no other process is training in, but in .* one is"):
+            train(config_of(), run, resume=resume)
+        assert everything(run) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_start_that_fails_leaves_no_more_than_there_was(tmp_path, config_of, there):
+    config, run = config_of(), tmp_path / "run"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, files=("missing.txt",)))
+    if there:
+        run.mkdir()
+    with pytest.raises(DataError, match=r"missing\.txt"):
+        train(config, run)
+    assert run.exists() == there
+    assert not there or not any(run.iterdir())
 
 
 @pytest.mark.parametrize("damaged", ["config.json", "environment.json"])
 def test_what_is_known_from_elsewhere_may_be_damaged(runs, stopped, damaged, config_of, content_of):
     (stopped / damaged).write_bytes(b"\xff\n")
-    train(config_of(average=3), stopped, resume=True)
+    train(config_of(), stopped, resume=True)
     assert content_of(stopped) == content_of(runs / "whole")
 
 
@@ -224,7 +269,7 @@ def test_another_recipe_is_refused_whatever_the_runs_own_config_says_and_nothing
     (stopped / "config.json").write_text(json.dumps(table), encoding="utf-8")
     before = everything(stopped)
     with pytest.raises(ConfigError, match=f"another recipe: train.{next(iter(values))}"):
-        train(config_of(average=3, **values), stopped, resume=True)
+        train(config_of(**values), stopped, resume=True)
     assert everything(stopped) == before
 
 

@@ -99,7 +99,7 @@ def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(tmp_path, start,
 
 @pytest.mark.slow
 def test_killed_200_times_in_all_a_run_ends_as_if_it_had_not_been(tmp_path, start, config_of, content_of, architecture):
-    kill_and_resume(start, content_of, config_of(architecture, average=3), tmp_path, kills=67, seed=1)
+    kill_and_resume(start, content_of, config_of(architecture), tmp_path, kills=67, seed=1)
 
 
 def as_toml(value: object) -> str:

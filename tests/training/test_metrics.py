@@ -14,7 +14,7 @@ def test_the_metrics_are_cut_behind_the_checkpoint_and_a_torn_line_is_dropped(tm
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for line in [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "eval", "note", "skipped")]:
         log.write(line)
-    log.write({"kind": "average", "step": 2})
+    log.write({"kind": "eval", "step": 2})
     with log.path.open("a") as file:
         file.write('{"kind": "tra')
     log.cut(Progress(step=2, evaluated=1))

@@ -220,7 +220,7 @@ def test_a_process_that_is_killed_ends_the_others_and_leaves_the_last_checkpoint
     assert ends[killed][0] == -signal.SIGKILL
     code, said = ends[1 - killed]
     assert code > 0
-    assert "Another process of the run has ended" in said
+    assert "This process of the run has lost another one" in said
     assert read_progress(find_checkpoint(tmp_path / "run", "last")).step % 7 == 0
 
 

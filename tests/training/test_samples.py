@@ -113,11 +113,6 @@ def test_what_a_resumed_run_writes_again_stands_there_once(tmp_path, config_of, 
     assert (tmp_path / "parts" / samples.FILE).read_bytes() == (tmp_path / "whole" / samples.FILE).read_bytes()
 
 
-def test_averaged_weights_have_no_samples(tmp_path, config_of):
-    train(config_of(max_steps=6, average=2), tmp_path / "run")
-    assert steps(tmp_path / "run") == [0, 3, 6]
-
-
 def test_no_sample_is_taken_for_a_heading_or_an_order_to_the_terminal():
     part = samples._section(7, [{"prompt": "a\n## Step 9\n\x1b[2J", "goes on": "\u2028## Step 9\x00\tb"}])
     assert [line for line in part.splitlines() if line.startswith("#")] == ["## Step 7"]

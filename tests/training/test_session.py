@@ -353,20 +353,6 @@ def test_a_run_that_starts_from_another_records_the_tokenizer_that_it_has_and_ca
     assert train(longer, tmp_path / "second", resume=True).progress.step == config.train.max_steps + 1
 
 
-def test_the_average_is_the_mean_of_the_last_checkpoints_and_is_scored(tmp_path, data):
-    run = tmp_path / "run"
-    result = train(make_config(data, average=3, eval_every=2), run)
-    means = read_weights(find_checkpoint(run, "average"))
-    steps = step_checkpoints(run)[-3:]
-    assert [folder.name for folder in steps] == ["step-00000008", "step-00000010", "step-00000011"]
-    for name, mean in means.items():
-        torch.testing.assert_close(mean, torch.stack([read_weights(folder)[name] for folder in steps]).mean(0))
-    line = read_metrics(run / "metrics.jsonl")[-1]
-    assert (line["kind"], line["loss"]) == ("average", result.averaged["loss"])
-    best = min(line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] in ("eval", "average"))
-    assert result.progress.best_score == read_progress(find_checkpoint(run, "best")).best_score == best
-
-
 def test_evaluators_see_the_model_and_can_choose_the_best(tmp_path, data):
     scores = iter([1.0, 9.0, 4.0, 2.0])
     seen = []

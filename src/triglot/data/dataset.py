@@ -204,18 +204,6 @@ class Ragged:
             return cls.of([])
         return cls(np.concatenate([part.flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
-    @classmethod
-    def beside(cls, parts: Sequence["Ragged"]) -> "Ragged":
-        """Row by row, what the parts have there, one behind another."""
-        lengths = np.sum([part.lengths for part in parts], axis=0)
-        flat = np.empty(int(lengths.sum()), np.int32)
-        begins = np.cumsum(lengths) - lengths
-        for part in parts:
-            shifts = begins - (part.ends - part.lengths)
-            flat[np.arange(len(part.flat)) + np.repeat(shifts, part.lengths)] = part.flat
-            begins = begins + part.lengths
-        return cls(flat, lengths)
-
     def __len__(self) -> int:
         return len(self.lengths)
 

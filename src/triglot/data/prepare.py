@@ -24,7 +24,6 @@ from triglot.data.corpus import (
     stdlib_files,
 )
 from triglot.data.dataset import Crops, Dataset, FreshPairs, Packed, Pairs, Ragged, Windows
-from triglot.data.segmentation import SampledPairs
 from triglot.data.shards import read_manifest, token_shards, write_manifest
 from triglot.errors import ConfigError, DataError, require
 from triglot.tokenizer import Tokenizer, Tokenizers
@@ -180,15 +179,14 @@ def _pairs(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pr
         surveys["test"] = test.survey()
     if tokenizers is None:
         tokenizers = _train_tokenizers(config.tokenizer, train, survey.tags)
+    made_from = {"pairs": survey.digest, "validation part": told} | _digests(tokenizers)
+    if "test" in surveys:
+        made_from["test part"] = surveys["test"].digest
     for tag in sorted({tag for one in surveys.values() for tag in one.tags}):
         tokenizers.source.tag_id(tag)
-    _keep(folder, {"pairs": survey.digest, "validation part": told} | _digests(tokenizers))
+    _keep(folder, made_from)
     encoder = _Encoder(tokenizers, config)
-    batches: Dataset
-    if config.tokenizer.dropout:
-        batches = encoder.sampling("train", train(), survey.left_out, config.seed, config.tokenizer.dropout)
-    else:
-        batches = encoder.training("train", train(), survey.left_out, config.seed)
+    batches = encoder.training("train", train(), survey.left_out, config.seed)
     left_out = surveys["valid"].left_out if "valid" in surveys else Counter[str]()
     valid_batches, valid_examples = encoder.measuring("valid", valid(), left_out)
     test_examples = None
@@ -234,14 +232,6 @@ class _Encoder:
     def training(self, name: str, examples: Iterable[Example], left_out: Counter[str], seed: int) -> Pairs:
         """Batches to train on; the texts are not kept."""
         return self._batches(name, self._encode(examples, left_out), left_out, seed)
-
-    def sampling(
-        self, name: str, examples: Iterable[Example], left_out: Counter[str], seed: int, dropout: float
-    ) -> FreshPairs:
-        """Batches to train on, in other pieces in every epoch."""
-        kept: list[Example] = []
-        usual = self._batches(name, self._encode(examples, left_out, kept), left_out, seed)
-        return FreshPairs(SampledPairs(self.tokenizers, dropout, kept, usual, seed))
 
     def measuring(self, name: str, examples: Iterable[Example], left_out: Counter[str]) -> tuple[Pairs, list[Example]]:
         """Batches in the order of length, and the texts."""

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triglot.errors import TriglotError
+from triglot.errors import ConfigError, TriglotError, require
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)
-"""How long processes wait for one that lives, as it prepares data or evaluates; one that dies is noticed at once."""
+"""How long processes wait for one that prepares data or evaluates; that one is dead gloo notices at once."""
+GPU_PATIENCE = timedelta(minutes=2)
+"""How long GPUs wait for one another within a step: NCCL does not notice that a process is dead."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
+    """Who speaks to whom on the processor; None: the processes of the default group."""
 
     @property
     def is_first(self) -> bool:
@@ -36,7 +40,7 @@ class Team:
         if self.size == 1:
             return value
         agreed = torch.tensor(value)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, self.group)
         return int(agreed)
 
     def told(self, message: Any) -> Any:
@@ -45,9 +49,9 @@ class Team:
             return message
         text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
         length = torch.tensor(len(text))
-        dist.broadcast(length, 0)
+        dist.broadcast(length, 0, self.group)
         heard = text if self.is_first else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(heard, 0)
+        dist.broadcast(heard, 0, self.group)
         return json.loads(bytes(heard.tolist()))
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -57,7 +61,7 @@ class Team:
         everyones: list[list[Tensor]] = [[] for _ in range(self.size)]
         for tensor in tensors:
             parts = [torch.empty_like(tensor) for _ in range(self.size)]
-            dist.all_gather(parts, tensor)
+            dist.all_gather(parts, tensor, self.group)
             for rank, part in enumerate(parts):
                 everyones[rank].append(part)
         return everyones
@@ -96,6 +100,8 @@ def local_device(device: torch.device) -> torch.device:
     """The device of this process where each has one of its own."""
     if device.type != "cuda" or _size() == 1:
         return device
+    rule = "cuda without a number, since each process takes the GPU of its own"
+    require(device.index is None, "device", rule, str(device), ConfigError)
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(own)
     return own
@@ -109,19 +115,25 @@ def _size() -> int:
 def team(device: torch.device) -> Iterator[Team]:
     """The processes that a launcher has started together; gloo joins processors, NCCL GPUs.
 
-    Raises TriglotError where another process has ended before its time.
+    Raises TriglotError where the processes lose one another, mostly since one has ended before its time.
     """
     if _size() == 1:
         yield Team()
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    group = None
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=GPU_PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield Team(dist.get_rank(), dist.get_world_size())
+        yield Team(dist.get_rank(), dist.get_world_size(), group)
     except RuntimeError as error:
         if "onnection" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise TriglotError(
-            "Another process of the run has ended, so this one ends, too; --resume goes on from the last checkpoint."
+            "This process of the run has lost another one, which has probably ended, and ends, too"
+            f" ({str(error).splitlines()[0]}); --resume goes on from the last checkpoint."
         ) from error
     finally:
         dist.destroy_process_group()

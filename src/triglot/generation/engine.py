@@ -60,7 +60,7 @@ class Generation(NamedTuple):
 def load(
     run: str | Path, *, which: str = "best", device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> "Engine":
-    """The engine of a run's checkpoint `which`: best, last, average, or a number of steps.
+    """The engine of a run's checkpoint `which`: best, last, or a number of steps.
 
     Without `device` it is on the GPU if there is one.
     """

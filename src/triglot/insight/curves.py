@@ -63,9 +63,6 @@ def _draw_losses(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
         best = min(valid, key=lambda line: line["loss"])
         label = f"best: {best['loss']:.3f} at step {best['step']}"
         axes.plot(best["step"], best["loss"], "*", color="C3", markersize=12, label=label)
-    for line in lines:
-        if line["kind"] == "average":
-            axes.plot(line["step"], line["loss"], "D", color="C2", label=f"mean of weights: {line['loss']:.3f}")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.2)
     axes.legend(loc="upper right")

@@ -168,7 +168,7 @@ def _read(run: Run) -> None:
     for line in run.lines:
         if line["kind"] == "eval":
             run.cells["last loss"] = f"{line['loss']:.4f}"
-        for name in line.keys() - NO_SCORES if line["kind"] in ("eval", "average") else ():
+        for name in line.keys() - NO_SCORES if line["kind"] == "eval" else ():
             if math.isfinite(line[name]):
                 better = min if name == "loss" else max
                 run.best[name] = better(line[name], run.best.get(name, line[name]))

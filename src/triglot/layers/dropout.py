@@ -19,10 +19,11 @@ def keep_mask(like: Tensor, rate: float) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """F.dropout; on a processor the rate counts in steps of 1/256."""
+    """F.dropout; on a processor the rate counts in steps of 1/256, unless it would become 0 or 1 by that."""
     if not training or rate == 0.0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    countable = 0 < round(rate * LEVELS) < LEVELS
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not countable:
         return F.dropout(x, rate)
     return x * keep_mask(x, rate)
 

@@ -34,7 +34,7 @@ class Board(MetricsLog):
     def write(self, line: Line) -> None:
         """Append a line."""
         super().write(line)
-        if self.writer is None or line["kind"] == "average":
+        if self.writer is None:
             return
         for name, value in flat(line).items():
             if name != "step" and isinstance(value, int | float):

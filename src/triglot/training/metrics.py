@@ -15,7 +15,7 @@ from triglot.files import sync, write_text
 from triglot.objective import ExpertStats
 
 Line = Mapping[str, Any]
-"""`kind` is train, skipped, eval, note or average, `step` the last step before it; losses are nats per token.
+"""`kind` is train, skipped, eval or note, `step` the last step before it; losses are nats per token.
 
 In a skipped line a loss or gradient norm that is not finite is null, and `batches` are the step's micro-batches, each
 as its epoch and its index there.

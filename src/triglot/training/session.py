@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from triglot.training.environment import changes, environment
 from triglot.training.metrics import MetricsLog, Reporter, Silent
 from triglot.training.optim import make_optimizer
 from triglot.training.precision import faster_precision
-from triglot.training.trainer import Stop, Trainer
+from triglot.training.trainer import Trainer
 
 Evaluator = Callable[[Model, Prepared, RunConfig], Mapping[str, float]]
 """Scores of a model that are logged beside its validation loss and can choose the best checkpoint."""
@@ -43,10 +43,10 @@ MAY_CHANGE = (
     "train.log_every",
     "train.patience",
     "train.samples",
-    "train.average",
     "train.parallel",
+    "data.root",
 )
-"""What a resumed run may have changed: when it ends, what is told, and how processes share the work.
+"""What a resumed run may have changed: when it ends, what is told, how processes share the work, where the data lies.
 
 Cosine and linear rates follow max_steps.
 """
@@ -59,6 +59,9 @@ CHOSEN = {
 }
 """What a recipe may leave open, as it says so; the first start chooses, and a resumed run keeps the choice."""
 
+KEPT = 3
+"""The last checkpoints of a run that stay, besides the best."""
+
 BEGUN = ".config.json.writing"
 """All there is of a run that was killed in its very first moment."""
 
@@ -68,8 +71,6 @@ class RunResult(NamedTuple):
 
     run: Path
     progress: Progress
-    averaged: dict[str, float] | None
-    """Scores of the mean of the last checkpoints' weights, where the recipe asks for it."""
     signal: int | None
     """The signal that stopped it."""
 
@@ -100,30 +101,48 @@ def train(
     where = local_device(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     with team(where) as processes:
         check(config, evaluators, processes.size)
-        newest = None
-        if processes.is_first:
-            newest = checkpoint.newest_whole(run) if resume else None
-            config = beginning(config, run, newest)
-        config = replace_in(config, "train", threads=config.train.threads or torch.get_num_threads())
-        with threads(config.train.threads):
-            with removed_on_failure(run if processes.is_first and not resume else None):
-                session = Session(config, run, where, processes, newest)
-            shown = reporter if reporter and processes.is_first else Silent()
-            return session.train(evaluators, shown, log(run / "metrics.jsonl"))
+        with claimed(run, resume) if processes.is_first else nullcontext():
+            newest = None
+            if processes.is_first:
+                newest = checkpoint.newest_whole(run) if resume else None
+                config = with_tokenizer_of_init(config) if newest is None else going_on(config, run, newest)
+            number = processes.told(config.train.threads or torch.get_num_threads())
+            config = replace_in(config, "train", threads=number)
+            with threads(number):
+                with emptied_on_failure(run if processes.is_first and not resume else None):
+                    session = Session(config, run, where, processes, newest)
+                shown = reporter if reporter and processes.is_first else Silent()
+                return session.train(evaluators, shown, log(run / "metrics.jsonl"))
 
 
-def beginning(config: RunConfig, run: Path, newest: Newest | None) -> RunConfig:
-    """What a run begins with: the given recipe in a new folder, or what a run going on from `newest` leaves of it."""
-    if newest is not None:
-        stored = stored_config(run, newest.folder)
-        if config.init.from_ is not None:  # the tokenizer came from there, whatever the recipe says
-            config = dataclasses.replace(config, tokenizer=stored.tokenizer)
-        return merge(config, stored)
-    config = with_tokenizer_of_init(config)
-    occupied = run.exists() and (not run.is_dir() or any(path.name != BEGUN for path in run.iterdir()))
-    rule = "a new folder, since nothing is overwritten (`--resume` goes on, `--out` names another)"
-    require(not occupied, "run", rule, str(run), ConfigError)
-    return config
+def going_on(config: RunConfig, run: Path, newest: Newest) -> RunConfig:
+    """What a run that goes on from `newest` leaves of a given recipe."""
+    stored = stored_config(run, newest.folder)
+    if config.init.from_ is not None:  # the tokenizer came from there, whatever the recipe says
+        config = dataclasses.replace(config, tokenizer=stored.tokenizer)
+    return merge(config, stored)
+
+
+@contextmanager
+def claimed(run: Path, resume: bool) -> Iterator[None]:
+    """Be the only one to train in a run's folder, which is new and empty unless `resume`; ConfigError otherwise."""
+    if resume:
+        require(run.is_dir(), "run", "a run that was started before, to be resumed", str(run), CheckpointError)
+    else:
+        occupied = run.exists() and (not run.is_dir() or any(path.name != BEGUN for path in run.iterdir()))
+        rule = "a new folder, since nothing is overwritten (`--resume` goes on, `--out` names another)"
+        require(not occupied, "run", rule, str(run), ConfigError)
+    made = not run.exists()
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with at_work(run):
+            yield
+    except BlockingIOError as error:
+        rule = "a folder that no other process is training in"
+        raise ConfigError(f"`run` must be {rule}, but in {str(run)!r} one is.") from error
+    finally:
+        if made and not any(run.iterdir()):
+            run.rmdir()
 
 
 class Session:
@@ -139,7 +158,6 @@ class Session:
         self.last, self.damaged = newest or Newest(None, {})
         tokenizers, self.changes = None, list[str]()
         if team.is_first:
-            run.mkdir(parents=True, exist_ok=True)
             if not (run / "config.json").exists():
                 write_json(run / "config.json", to_dict(config))  # from here on the run can be resumed
         else:
@@ -152,9 +170,11 @@ class Session:
             tokenizers = initial.tokenizers
         if self.last is not None:
             tokenizers = checkpoint.load_tokenizers(run, self.last)
+        known = (run / checkpoint.DATA_FILE).exists()
         self.prepared = prepare(config, run, tokenizers)
         if self.last is not None:
-            checkpoint.verify_data(self.last)
+            with emptied_on_failure(None if known else run / "data"):  # so that the right data can still be brought
+                checkpoint.verify_data(self.last)
         torch.manual_seed(config.seed)
         config = with_vocab_sizes(config, self.prepared.tokenizers)
         self.model = build_model(config.model).to(device)
@@ -206,16 +226,13 @@ class Session:
             device=self.device,
         )
         reporter.start(self.config, self.model, progress, notes)
-        signal, averaged = None, None
+        signal = None
         try:
-            with at_work(self.run):
-                signal = trainer.fit()
-                if signal is None and self.team.is_first:
-                    averaged = self.average(trainer)
+            signal = trainer.fit()
         finally:
             log.close()
             reporter.finish(progress, signal is not None)
-        return RunResult(self.run, progress, averaged, signal)
+        return RunResult(self.run, progress, signal)
 
     def together(self) -> tuple[Parallel[Objective], Progress]:
         """The model and its optimizer as the processes train them, and how far they are."""
@@ -240,38 +257,17 @@ class Session:
         if self.team.is_first:
             name, optimizer = checkpoint.step_name(progress.step), together.whole_optimizer
             checkpoint.save_checkpoint(self.run, name, self.config, self.model, progress, optimizer, random)
-            checkpoint.remove_checkpoints(self.run, keep=max(2, self.config.train.average))
+            checkpoint.remove_checkpoints(self.run, keep=KEPT)
 
     def clear(self) -> list[str]:
         """Leave only whole checkpoints of what is gone on from, and tell which were damaged."""
         checkpoint.remove_leftovers(self.run)
-        checkpoint.remove_checkpoint(self.run / "checkpoints" / checkpoint.AVERAGE)  # it is of an end that was none
         moved = {checkpoint.set_aside(folder): fault for folder, fault in self.damaged.items()}
         return [
             f"WARNING: {fault} Training goes on from {self.last.name}; what was damaged is now {aside.name}."
             for aside, fault in moved.items()
             if self.last is not None
         ]
-
-    def average(self, trainer: Trainer) -> dict[str, float] | None:
-        """Score the mean of the last `train.average` checkpoints' weights and write it down as one more checkpoint.
-
-        It becomes the run's best checkpoint if it is better than all the others.
-        """
-        number, progress = self.config.train.average, trainer.progress
-        folders = checkpoint.step_checkpoints(self.run)[-number:]
-        if number < 2 or len(folders) < 2:
-            return None
-        checkpoint.set_weights(self.model, checkpoint.average_weights(folders), checkpoint.AVERAGE)
-        scores = trainer.scores(Stop())
-        line = {"kind": "average", "step": progress.step, "checkpoints": len(folders), **scores}
-        trainer.write(line)
-        is_best = trainer.is_better(scores)
-        if is_best:
-            progress.best, progress.best_score = checkpoint.AVERAGE, scores[self.config.train.keep_best]
-        trainer.reporter.evaluated(line, is_best)
-        checkpoint.save_checkpoint(self.run, checkpoint.AVERAGE, self.config, self.model, progress)
-        return scores
 
     def notes(self) -> list[str]:
         """What the data is, and what was chosen."""
@@ -339,6 +335,14 @@ def stored_config(run: Path, last: Path | None) -> RunConfig:
         raise CheckpointError(f"`run` must hold a readable config.json to be resumed, but {path}: {error}") from error
 
 
+def config_of_run(run: Path) -> RunConfig:
+    """The resolved recipe of a run that was started: its own, or, where that is damaged, its newest checkpoint's."""
+    try:
+        return load_config(run / "config.json")
+    except (OSError, ValueError):
+        return stored_config(run, checkpoint.newest_whole(run).folder)
+
+
 def merge(given: RunConfig, stored: RunConfig) -> RunConfig:
     """What to resume with: the stored config, with what may change as it is given.
 
@@ -352,7 +356,9 @@ def merge(given: RunConfig, stored: RunConfig) -> RunConfig:
     ]
     if differing:
         raise ConfigError(f"The run to resume has another recipe: {'; '.join(differing)}.")
-    return replace_in(stored, "train", **{key.removeprefix("train."): new[key] for key in MAY_CHANGE})
+    for section, _, field in (key.partition(".") for key in MAY_CHANGE):
+        stored = replace_in(stored, section, **{field: new[f"{section}.{field}"]})
+    return stored
 
 
 @contextmanager
@@ -367,11 +373,11 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def removed_on_failure(folder: Path | None) -> Iterator[None]:
-    """Leave no folder behind if what fills it fails, so that the mended recipe can have it."""
+def emptied_on_failure(folder: Path | None) -> Iterator[None]:
+    """Leave nothing in a folder if what fills it fails, so that the mended recipe can have it."""
     try:
         yield
     except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir() if folder is not None else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise

@@ -22,7 +22,7 @@ from triglot.data.dataset import Dataset
 from triglot.distributed.parallel import Parallel
 from triglot.errors import ConfigError, DataError, TriglotError, require
 from triglot.objective import ExpertStats, Objective, Totals, autocast, evaluating, score_batches, to_device
-from triglot.training.guard import WINDOW, fault, num_recent
+from triglot.training.guard import WINDOW, fault, num_recent, seen
 from triglot.training.metrics import Line, MetricsLog, Reporter, describe_experts
 from triglot.training.optim import learning_rate
 from triglot.training.overfit import overfitting
@@ -203,7 +203,9 @@ class Trainer:
         """One step of the optimizer over all of `taken`, as if they were one batch; skipped if it would do harm."""
         number = self.progress.step + 1
         found = self.gradients([one.batch for one in taken])
-        reason = fault(found.loss, found.norm.item(), self.progress.usual)
+        loss, norm = found.loss, found.norm.item()
+        reason = self.team.told(fault(loss, norm, self.progress.usual))
+        self.progress.usual = seen(self.progress.usual, loss, norm)
         if reason is None:
             self.apply(number, found)
             self.tell(number, found)
@@ -277,7 +279,6 @@ class Trainer:
         at, now = self.progress, time.perf_counter()
         at.step, at.tokens, at.seconds = number, at.tokens + found.tokens, now - self.began
         new = (found.nll, found.smoothed, found.tokens)
-        at.usual = [*at.usual, [found.loss, found.norm.item()]][-WINDOW:]
         at.window = [total + value for total, value in zip(at.window, new, strict=True)]
         self.lap_tokens += found.tokens
         line: dict[str, Any] = {
