@@ -216,12 +216,40 @@ def endless(data: Path, run: Path, how: str) -> Processes:
 def test_a_process_that_is_killed_ends_the_others_and_leaves_the_last_checkpoint(tmp_path, data, how, killed):
     processes = endless(data, tmp_path / "run", how)
     processes.all[killed].kill()
+    began = time.monotonic()
     ends = processes.end()
+    assert time.monotonic() - began < 60, "the others should notice, and not wait until they are told"
     assert ends[killed][0] == -signal.SIGKILL
     code, said = ends[1 - killed]
     assert code > 0
     assert "This process of the run has lost another one" in said
     assert read_progress(find_checkpoint(tmp_path / "run", "last")).step % 7 == 0
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=slow)])
+def test_killed_all_at_once_they_go_on_to_the_bits_of_a_run_that_was_left_alone(tmp_path, data, how):
+    values = config_values(data, "decoder_only", True, dropout=0.3, max_steps=61, eval_every=3, parallel=how)
+    killed = Processes((values, tmp_path / "killed", False))
+    while not step_checkpoints(tmp_path / "killed"):
+        time.sleep(0.01)
+    for process in killed.all:
+        process.kill()
+    assert [code for code, _ in killed.end()] == [-signal.SIGKILL] * SIZE
+    ends = Processes((values, tmp_path / "killed", True), (values, tmp_path / "whole", False)).end()
+    assert all(code == 0 and not said for code, said in ends), "\n".join(said for _, said in ends)
+    ours, theirs = (tensors(tmp_path / run, "model", "optimizer", "rng") for run in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_what_is_not_finite_ends_all_at_the_same_step_with_the_same_words(tmp_path, data):
+    harm = {"learning_rate": 1e30, "warmup_steps": 0, "max_skipped": 1}
+    values = config_values(data, "decoder_only", False, max_steps=100, **harm)
+    ends = Processes((values, tmp_path / "run", False)).end()
+    last = {said.splitlines()[-1].partition(": ")[2] for _, said in ends}
+    assert all(code > 0 for code, _ in ends)
+    assert len(last) == 1
+    assert "had to be skipped, since" in last.pop()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def fault(loss: float, grad_norm: float, usual: Sequence[Sequence[float]]) -> st
 def seen(usual: Sequence[Sequence[float]], loss: float, grad_norm: float) -> list[list[float]]:
     """`usual` with one more step, applied or not, if its values are finite; the oldest goes.
 
-    A spike counts as what is just no spike: several in a row are all told, and a change for good that is small soon is none.
+    A spike counts as what is just none: several in a row are all told, and a small change for good is soon none.
     """
     known = [list(step) for step in usual]
     if math.isfinite(loss) and math.isfinite(grad_norm):
