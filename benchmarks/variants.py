@@ -176,13 +176,12 @@ CHANGES: dict[str, Change] = {
 }
 VALUES: dict[str, list[str]] = {
     "adamw": ["train.optimizer=adamw"],
-    "linear": ["train.schedule=linear"],
+    "cosine": ["train.schedule=cosine"],
     "no-decay": ["train.weight_decay=0"],
     "decay-0.5": ["train.weight_decay=0.5"],
     "swiglu": ["model.options.activation=swiglu", "model.d_ff=341"],
     "layer-norm": ["model.options.norm=layer"],
     "one-kv-head": ["model.options.num_kv_heads=1"],
-    "average-5": ["train.average=5", "train.eval_every=50"],
 }
 
 
