@@ -1,5 +1,7 @@
 """Dropout keeps the mean, drops as often as it says, and sends gradients where it sent values."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +66,9 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_zero_and_nothing_is_drawn()
 
 @pytest.mark.parametrize("rate", [0.0005, 0.0019, 0.002, 0.998, 0.999, 0.9999])
 def test_rates_next_to_zero_and_one_are_neither(rate):
+    torch.manual_seed(1)
     out = dropout(torch.ones(1009, 1013), rate, True).double()
-    assert (out == 0).double().mean().item() == pytest.approx(rate, abs=0.5 / LEVELS)
+    noise = 6 * math.sqrt(1 / LEVELS / out.numel())
+    assert (out == 0).double().mean().item() == pytest.approx(rate, abs=0.5 / LEVELS + noise)
     assert 0 < (out == 0).sum() < out.numel()
     assert out.mean().item() == pytest.approx(1, abs=0.2)
