@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -97,8 +98,38 @@ def test_help_loads_no_torch_and_names_every_command():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-    for command in ("demo", "tokenizer", "train", "generate", "translate", "evaluate", "inspect", "explain", "runs"):
+    for command in (
+        "demo",
+        "tokenizer",
+        "train",
+        "generate",
+        "translate",
+        "alternatives",
+        "score",
+        "evaluate",
+        "inspect",
+        "explain",
+        "runs",
+    ):
         assert f"\N{BOX DRAWINGS LIGHT VERTICAL} {command} " in output
+
+
+def test_the_choices_of_the_command_line_are_the_librarys():
+    from triglot.cli import base, text
+    from triglot.decoding.search import Lengths
+    from triglot.generation import options, scoring
+    from triglot.layers.packed import Precision
+
+    same = [
+        (base.Precision, Precision),
+        (base.TooLong, options.TooLong),
+        (base.TooLong, scoring.TooLong),
+        (text.PastContext, options.PastContext),
+        (text.PastWindow, scoring.PastContext),
+        (text.Lengths, Lengths),
+    ]
+    for named, literal in same:
+        assert {one.value for one in named} == set(get_args(literal))
 
 
 def test_version_is_the_packages():
@@ -154,7 +185,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, command):
 
 
 def test_what_is_our_own_fault_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("triglot.cli.find_recipe", lambda _: 1 / 0)
+    monkeypatch.setattr("triglot.cli.runs.find_recipe", lambda _: 1 / 0)
     result = invoke("train", "any")
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -267,6 +298,139 @@ def test_translate_names_the_line_that_is_too_long_and_the_tags_that_are_known(f
     assert "`the target tag` must be one of" in refuse("translate", run, tmp_path / "text")
     assert "`tag` must be a known one" in refuse("translate", run, tmp_path / "text", "--tag", "left")
     assert "cannot be read" in refuse("translate", run, tmp_path / "none", "--tag", "up")
+
+
+def test_generate_passes_every_option_on(folder, tmp_path):
+    engine = triglot.load(folder / "writer", device="cpu", precision="bf16")
+    how = {
+        "max_new_tokens": 9, "temperature": 0.7, "top_k": 90, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95, "seed": 4,
+        "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2, "min_new_tokens": 2,
+        "no_repeat_ngram": 3, "n": 2, "top_logprobs": 2, "past_context": "slide",
+    }  # fmt: skip
+    arguments = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", value)]
+    arguments += ["--logit-bias", "104=2.5", "--logit-bias", "2=-inf", "--ban", "e", "--ban", "th", "--stop", "zz"]
+    said = succeed("generate", folder / "writer", *arguments, "--precision", "bf16", "--json", "--device", "cpu")
+    expected = engine.generate(
+        [""], logit_bias={104: 2.5, 2: -float("inf")}, banned_words=["e", "th"], stop=["zz"], **how
+    )
+    for line, one in zip(said.splitlines(), expected, strict=True):
+        told = json.loads(line)
+        assert (told["text"], told["tokens"], told["log_probs"]) == (one.text, one.tokens, one.log_probs)
+        assert (told["ended"], told["stop"], told["log_prob"]) == (one.ended, one.stop, one.log_prob)
+        assert told["alternatives"] == [[list(pair) for pair in among] for among in one.alternatives]
+
+
+@pytest.mark.parametrize(("option", "text"), [("--json-schema", '{"enum": ["rot"]}'), ("--grammar", 'start: "rot"')])
+def test_generate_reads_forms_from_files(folder, tmp_path, option, text):
+    pytest.importorskip("llguidance")
+    (tmp_path / "form").write_text(text, encoding="utf-8")
+    said = succeed("generate", folder / "writer", option, tmp_path / "form", "--max-new-tokens", 30, "--device", "cpu")
+    assert said.strip().strip('"') == "rot"
+    assert "cannot be read" in refuse("generate", folder / "writer", option, tmp_path / "none", "--device", "cpu")
+
+
+def test_generate_refuses_in_one_line(folder):
+    run = ("generate", folder / "writer", "--device", "cpu")
+    assert "`--n` must be left out without --json" in refuse(*run, "--n", 2)
+    assert "`--top-logprobs` must be left out without --json" in refuse(*run, "--top-logprobs", 2)
+    assert "`--logit-bias` must be of the form ID=NUMBER, but is 'x'" in refuse(*run, "--logit-bias", "x")
+    assert "`stop` must be texts of at least one character" in refuse(*run, "--stop", "")
+    assert "`top_p` must be above 0" in refuse(*run, "--top-p", 0)
+
+
+def test_translate_passes_every_option_on(folder, tmp_path):
+    engine = triglot.load(folder / "translator", device="cpu", precision="int8")
+    how = {
+        "beam": 3, "nbest": 2, "length_penalty": 0.5, "lengths": "gnmt", "patience": float("inf"), "max_new_tokens": 6,
+        "min_new_tokens": 1, "no_repeat_ngram": 2,
+    }  # fmt: skip
+    arguments = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", value)]
+    (tmp_path / "begun").write_text("4\n\n1\n", encoding="utf-8")
+    arguments += ["--ban", "b", "--prefixes", tmp_path / "begun", "--alignments", "--json", "--tag", "up"]
+    arguments += ["--precision", "int8", "--device", "cpu"]
+    said = succeed("translate", folder / "translator", *arguments, text="4 ab\n\n12 ab\n")
+    expected = engine.translate(
+        ["4 ab", "", "12 ab"], banned_words=["b"], prefixes=["4", "", "1"], alignments=True, tags="up", **how
+    )
+    for line, hypotheses in zip(said.splitlines(), expected, strict=True):
+        for told, one in zip(json.loads(line), hypotheses, strict=True):
+            aligned = None if one.alignment is None else one.alignment._asdict()
+            assert told == {**one._asdict(), "alignment": aligned}
+    (tmp_path / "begun").write_text("4\n", encoding="utf-8")
+    run = ("translate", folder / "translator", folder / "pairs.tsv", "--tag", "up", "--device", "cpu")
+    uneven = invoke(*run, "--prefixes", tmp_path / "begun")
+    assert uneven.exit_code == 2
+    assert "`prefixes` must be as many as lines, but line 2 is in one of the files alone" in uneven.stderr
+    assert "`--alignments` must be left out without --json" in refuse(*run, "--alignments")
+
+
+def test_a_long_input_is_translated_by_as_many_processes_as_there_are_cores(folder, tmp_path, monkeypatch):
+    made, short, long = [], tmp_path / "short", tmp_path / "long"
+    short.write_text("7 ab\n" * 1024, encoding="utf-8")
+    long.write_text("7 ab\n" * 1025, encoding="utf-8")
+    real = triglot.load
+
+    def load(run, *, workers, **options):
+        made.append(workers)
+        return real(run, **options)
+
+    monkeypatch.setattr("triglot.generation.engine.load", load)
+    monkeypatch.setattr("triglot.cli.text._cores", lambda: 3)
+    how = ("--tag", "up", "--beam", 1, "--max-new-tokens", 1, "--device", "cpu")
+    said = [succeed("translate", folder / "translator", path, *how) for path in (short, long)]
+    succeed("translate", folder / "translator", long, *how, "--workers", 1)
+    assert made == [1, 3, 1]
+    assert [text.count("\n") for text in said] == [1024, 1025]
+
+
+def test_alternatives_are_told_line_by_line(folder):
+    engine = triglot.load(folder / "translator", device="cpu")
+    arguments = ("--text", "12 ab", "--prefix", "1", "--count", 3, "--beam", 2, "--tag", "up", "--device", "cpu")
+    rows = [line.split("\t") for line in succeed("alternatives", folder / "translator", *arguments).splitlines()]
+    for row, one in zip(rows, engine.alternatives("12 ab", "1", 3, beam=2, tag="up"), strict=True):
+        assert row == [f"{one.log_prob:.4f}", one.piece, " ".join(one.best.text.splitlines())]
+
+
+def test_score_tells_log_p_tokens_and_text(folder, tmp_path):
+    (tmp_path / "a").write_text("12 ab\n7 ab\n", encoding="utf-8")
+    (tmp_path / "b").write_text("12 ba\nx\n", encoding="utf-8")
+    for name, rest, texts in (("writer", (), ["12 ab", "7 ab"]), ("translator", ("--tag", "up"), ["12 ba", "x"])):
+        engine = triglot.load(folder / name, device="cpu")
+        given = (["12 ab", "7 ab"],) if name == "writer" else (["12 ab", "7 ab"], texts)
+        scored = engine.score(*given, **({} if name == "writer" else {"tags": "up"}))
+        rest = (*rest, *(() if name == "writer" else ("--targets", tmp_path / "b")))
+        said = succeed("score", folder / name, tmp_path / "a", *rest, "--device", "cpu")
+        expected = [f"{one.log_prob:.4f}\t{len(one.tokens)}\t{text}\n" for one, text in zip(scored, texts, strict=True)]
+        assert said == "".join(expected)
+    refused = refuse("score", folder / "translator", tmp_path / "a", "--device", "cpu")
+    assert "`--targets` must be a file of translations, since the run translates" in refused
+    refused = refuse("score", folder / "writer", tmp_path / "a", "--targets", tmp_path / "b", "--device", "cpu")
+    assert "`--targets` must be left out, since the run goes on from texts" in refused
+
+
+def test_the_perplexity_of_a_file_is_that_of_the_engine(folder):
+    path, engine = folder / "text.txt", triglot.load(folder / "writer", device="cpu")
+    said = succeed("score", folder / "writer", path, "--whole", "--context", 30, "--device", "cpu")
+    found = engine.score_file(path, context=30)
+    told = dict(line.split() for line in said.splitlines())
+    assert told["perplexity"] == f"{found.perplexity:.4f}"
+    assert told["bits_per_byte"] == f"{found.bits_per_byte:.4f}"
+    assert int(told["tokens"]) == found.tokens
+    assert "`--whole` must be with a file" in refuse("score", folder / "writer", "--whole", "--device", "cpu")
+
+
+def test_evaluate_translates_in_the_precision_asked_for(folder, monkeypatch):
+    from triglot.generation.engine import Engine
+
+    asked, real = [], Engine.__init__
+
+    def init(self, *given, precision="fp32", **rest):
+        asked.append(precision)
+        real(self, *given, precision=precision, **rest)
+
+    monkeypatch.setattr(Engine, "__init__", init)
+    succeed("evaluate", folder / "translator", "--precision", "int8", "--device", "cpu")
+    assert asked == ["int8"]
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:x"])

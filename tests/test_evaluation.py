@@ -118,7 +118,7 @@ def test_bleu_and_chrf_are_sacrebleus_own(tmp_path):
 def test_a_translator_that_knows_the_answers_scores_the_most_there_is(tmp_path, monkeypatch):
     answers = dict(PAIRS)
     monkeypatch.setattr(
-        "triglot.evaluation.translate_examples", lambda *given: [answers[one.source] for one in given[-1]]
+        "triglot.evaluation.translate_examples", lambda *given, **_: [answers[one.source] for one in given[-1]]
     )
     model, config, tokenizers = load_model(make_run(tmp_path, "encoder_decoder"))
     long = [Example(source, target, None) for source, target in PAIRS]
@@ -154,7 +154,7 @@ def test_the_test_part_of_a_text_is_scored_by_itself(tmp_path):
 def test_text_that_is_tokenised_already_is_scored_on_its_own_words(tmp_path, monkeypatch):
     pairs = [("a", "ein mann , der läuft ."), ("b", "zwei hunde , die bellen .")]
     answers = ["ein mann, der läuft .", "zwei hunde , die bellen."]
-    monkeypatch.setattr("triglot.evaluation.translate_examples", lambda *_: answers)
+    monkeypatch.setattr("triglot.evaluation.translate_examples", lambda *_, **__: answers)
     model, config, tokenizers = load_model(make_run(tmp_path, "encoder_decoder"))
     examples = [Example(source, target, None) for source, target in pairs]
     plain = translation_scores(model, tokenizers, config, examples)

@@ -27,6 +27,7 @@ Count = Annotated[int, Rule("at least 1", lambda number: number >= 1)]
 Rate = Annotated[float, Rule("at least 0 and below 1", lambda rate: 0 <= rate < 1)]
 Weight = Annotated[float, Rule("at least 0 and finite", lambda weight: 0 <= weight < math.inf)]
 Positive = Annotated[float, Rule("above 0 and finite", lambda number: 0 < number < math.inf)]
+Patience = Annotated[float, Rule("above 0, or inf", lambda number: number > 0)]
 
 
 def rules(hint: Any) -> Iterator[Rule]:
@@ -294,6 +295,8 @@ class GenerationConfig(Checked):
     beam: Count = 4
     length_penalty: Weight = 1.0
     """α in score / n^α, n the number of generated tokens, the end token included."""
+    patience: Patience = 1.0
+    """A search ends when beam · patience texts have finished (Kasai et al. 2022); inf: when no better can come."""
     max_new_tokens: Count = 200
 
 

@@ -16,6 +16,7 @@ from triglot.data.dataset import Dataset, Pairs, Ragged
 from triglot.data.prepare import Prepared, prepare
 from triglot.errors import ConfigError
 from triglot.generation.engine import Engine
+from triglot.layers.packed import Precision
 from triglot.objective import Model, score_batches
 from triglot.tokenizer import Tokenizer, Tokenizers
 
@@ -32,10 +33,12 @@ def evaluate(
     root: Path | None = None,
     beam: int | None = None,
     device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """What a run's checkpoint scores on a split: loss, perplexity, bits per byte; of pairs, its translations too.
 
-    `root` is where the data lies now, if it has moved. Raises ConfigError where there is no such split.
+    `root` is where the data lies now, if it has moved; `precision` is that of translating on a processor. Raises
+    ConfigError where there is no such split.
     """
     model, config, tokenizers = load_model(run, which, device)
     if root is not None:
@@ -55,7 +58,7 @@ def evaluate(
         raise ConfigError(f"`split` must be one that the recipe's [data] names files for, but is {split!r} instead.")
     data = examples_dataset(examples, tokenizers, config)
     scores = text_scores(model, data, tokenizers.target, torch.device(device))
-    return scores | translation_scores(model, tokenizers, config, examples, resamples=RESAMPLES)
+    return scores | translation_scores(model, tokenizers, config, examples, resamples=RESAMPLES, precision=precision)
 
 
 def text_scores(model: Model, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> dict[str, float]:
@@ -89,22 +92,27 @@ def examples_dataset(examples: Sequence[Example], tokenizers: Tokenizers, config
 
 
 def translate_examples(
-    model: Model, tokenizers: Tokenizers, config: RunConfig, examples: Sequence[Example]
+    model: Model,
+    tokenizers: Tokenizers,
+    config: RunConfig,
+    examples: Sequence[Example],
+    *,
+    precision: Precision = "fp32",
 ) -> list[str]:
     """The best hypothesis of each example's source, decoded as the recipe says."""
-    engine, how = Engine(model, config, tokenizers), config.generation
-    found = engine.translate(
-        [one.source for one in examples],
-        beam=how.beam,
-        length_penalty=how.length_penalty,
-        max_new_tokens=how.max_new_tokens,
-        tags=[one.tag for one in examples],
-    )
+    engine = Engine(model, config, tokenizers, precision=precision)
+    found = engine.translate([one.source for one in examples], tags=[one.tag for one in examples])
     return [hypotheses[0].text for hypotheses in found]
 
 
 def translation_scores(
-    model: Model, tokenizers: Tokenizers, config: RunConfig, examples: Sequence[Example], *, resamples: int = 1
+    model: Model,
+    tokenizers: Tokenizers,
+    config: RunConfig,
+    examples: Sequence[Example],
+    *,
+    resamples: int = 1,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """BLEU and chrF with sacrebleu's signatures, and the share of translations that are the reference.
 
@@ -113,7 +121,7 @@ def translation_scores(
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    hypotheses = translate_examples(model, tokenizers, config, examples)
+    hypotheses = translate_examples(model, tokenizers, config, examples, precision=precision)
     references = [one.target for one in examples]
     bleu = BLEU(tokenize="none", force=True) if config.data.tokenized else BLEU()
     chrf = CHRF()

@@ -7,12 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triglot.decoding.sampling import Sampler, draw, keep_top_k, keep_top_p, largest
+from triglot.decoding.sampling import (
+    Sampler,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical_p,
+    largest,
+)
 from triglot.errors import ConfigError
 
 # Few distinct values, so that ties are common; minus infinity, as of banned ids.
 VALUES = st.sampled_from([-math.inf, -3.0, -1.25, 0.0, 0.5, 2.0, 2.5])
 ROWS = st.integers(2, 13).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=1, max_size=3))
+POSSIBLE = ROWS.filter(lambda rows: all(max(row) > -math.inf for row in rows))
 
 
 def ranked(row: list[float]) -> list[int]:
@@ -39,7 +48,7 @@ def test_top_k_keeps_exactly_k_with_ties_by_lower_id(rows, top_k):
 
 
 @settings(deadline=None, max_examples=50)
-@given(ROWS.filter(lambda rows: all(max(row) > -math.inf for row in rows)), st.floats(0.01, 1.0))
+@given(POSSIBLE, st.floats(0.01, 1.0))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(rows, top_p):
     for row, tokens in zip(rows, kept(keep_top_p(torch.tensor(rows), top_p)), strict=True):
         weights = [math.exp(value) for value in row]
@@ -53,7 +62,74 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(rows, top_p):
 
 
 @settings(deadline=None, max_examples=50)
-@given(ROWS.filter(lambda rows: all(max(row) > -math.inf for row in rows)), st.floats(0, 1, exclude_max=True, width=32))
+@given(POSSIBLE, st.floats(0.0, 1.0))
+def test_min_p_keeps_what_is_not_much_less_likely_than_the_likeliest(rows, min_p):
+    for row, tokens in zip(rows, kept(keep_min_p(torch.tensor(rows), min_p)), strict=True):
+        share = [math.exp(value - max(row)) for value in row]
+        assert set(tokens) <= {token for token, one in enumerate(share) if one > 0 and one > min_p - 1e-6}
+        assert set(tokens) >= {token for token, one in enumerate(share) if one > 0 and one > min_p + 1e-6}
+        assert ranked(row)[0] in tokens
+
+
+def surprises(row: list[float]) -> tuple[list[float], list[float]]:
+    """The probabilities, and how far −log p of each is from the entropy."""
+    weights = [math.exp(value) for value in row]
+    probabilities = [weight / sum(weights) for weight in weights]
+    entropy = -sum(p * math.log(p) for p in probabilities if p)
+    return probabilities, [abs(-math.log(p) - entropy) if p else math.inf for p in probabilities]
+
+
+@settings(deadline=None, max_examples=50)
+@given(POSSIBLE, st.floats(0.01, 1.0))
+def test_typical_p_keeps_the_smallest_set_nearest_to_the_entropy_that_reaches_p(rows, typical_p):
+    for row, tokens in zip(rows, kept(keep_typical_p(torch.tensor(rows), typical_p)), strict=True):
+        probabilities, surprise = surprises(row)
+        left = [surprise[token] for token in range(len(row)) if token not in tokens]
+        farthest = max(tokens, key=lambda token: surprise[token])
+        assert all(surprise[farthest] < other + 1e-5 for other in left)
+        reached = sum(probabilities[token] for token in tokens)
+        assert reached >= typical_p - 1e-5
+        ties = [probabilities[token] for token in tokens if surprise[token] > surprise[farthest] - 1e-5]
+        assert reached - max(ties) < typical_p + 1e-5
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 9999), st.floats(0.02, 0.98), st.sampled_from(["min_p", "typical_p"]))
+def test_the_cuts_are_those_of_transformers(seed, share, name):
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(7, 53, generator=torch.Generator().manual_seed(seed)) * 2
+    logits[:, 41:] = -math.inf
+    theirs = {"min_p": warpers.MinPLogitsWarper, "typical_p": warpers.TypicalLogitsWarper}[name](share)
+    ours = {"min_p": keep_min_p, "typical_p": keep_typical_p}[name]
+    assert torch.equal(ours(logits, share), theirs(None, logits))
+
+
+def test_all_cuts_together_leave_what_those_of_transformers_leave():
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    rows = 20_000
+    logits = torch.randn(53, generator=torch.Generator().manual_seed(1)) * 2
+    left = logits[None]
+    for warper in (
+        warpers.TemperatureLogitsWarper(1.7),
+        warpers.TopKLogitsWarper(31),
+        warpers.TopPLogitsWarper(0.95),
+        warpers.MinPLogitsWarper(0.15),
+        warpers.TypicalLogitsWarper(0.8),
+    ):
+        before, left = left, warper(None, left)
+        assert left.isfinite().sum() < before.isfinite().sum() or isinstance(warper, warpers.TemperatureLogitsWarper)
+    expected = rows * left[0].softmax(0)
+    sampler = Sampler(temperature=1.7, top_k=31, top_p=0.95, min_p=0.15, typical_p=0.8)
+    counts = sampler(logits.expand(rows, -1), torch.Generator().manual_seed(2)).bincount(minlength=53)
+    possible = expected > 0
+    assert not counts[~possible].any()
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    freedom = possible.sum() - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@settings(deadline=None, max_examples=50)
+@given(POSSIBLE, st.floats(0, 1, exclude_max=True, width=32))
 def test_a_draw_inverts_the_cumulative_probabilities(rows, uniform):
     probabilities = torch.tensor(rows).softmax(1)
     tokens = draw(probabilities, torch.full((len(rows),), uniform)).tolist()
@@ -78,6 +154,10 @@ def test_the_largest_uniform_number_never_draws_what_has_probability_zero():
         (Sampler(top_k=3), [0, 2 / 9, 3 / 9, 4 / 9]),
         (Sampler(top_p=0.65), [0, 0, 3 / 7, 4 / 7]),
         (Sampler(top_k=3, top_p=0.5), [0, 0, 3 / 7, 4 / 7]),
+        (Sampler(min_p=0.6), [0, 0, 3 / 7, 4 / 7]),
+        (Sampler(min_p=0.4, temperature=0.5), [0, 0, 9 / 25, 16 / 25]),
+        (Sampler(typical_p=0.4), [0, 2 / 5, 3 / 5, 0]),
+        (Sampler(top_k=3, min_p=0.45, typical_p=0.3), [0, 0, 1, 0]),
     ],
 )
 def test_draws_follow_the_probabilities(sampler, share):
@@ -111,10 +191,22 @@ def test_a_rows_own_generator_makes_it_independent_of_its_mates():
     def generators(rows):
         return [torch.Generator().manual_seed(row) for row in rows]
 
-    together = Sampler()(logits, generators(range(5)))
-    turned = Sampler()(logits.flip(0), generators(reversed(range(5)))).flip(0)
-    alone = torch.cat([Sampler()(logits[row : row + 1], generators([row])) for row in range(5)])
-    assert together.tolist() == turned.tolist() == alone.tolist()
+    for sampler in (Sampler(), Sampler(top_k=17, top_p=0.95, min_p=0.01, typical_p=0.9)):
+        together = sampler(logits, generators(range(5)))
+        turned = sampler(logits.flip(0), generators(reversed(range(5)))).flip(0)
+        alone = torch.cat([sampler(logits[row : row + 1], generators([row])) for row in range(5)])
+        assert together.tolist() == turned.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("cut", [keep_top_p, keep_min_p, keep_typical_p])
+def test_a_cut_gives_a_row_the_same_bits_in_any_company(cut):
+    logits = torch.randn(3, 65_537, generator=torch.Generator().manual_seed(2))
+    try:
+        torch.set_num_threads(2)  # a long row that is alone may be shared among threads
+        together = cut(logits, 0.3)
+        assert torch.equal(together, torch.cat([cut(row[None], 0.3) for row in logits]))
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_one_uniform_number_is_taken_a_row():
@@ -132,6 +224,9 @@ def test_one_uniform_number_is_taken_a_row():
         ({"top_k": 0}, "`top_k` must be at least 1, or left out, but is 0 instead."),
         ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, or left out, but is 0.0 instead."),
         ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1, or left out, but is 1.5 instead."),
+        ({"min_p": 1.5}, "`min_p` must be between 0 and 1, or left out, but is 1.5 instead."),
+        ({"min_p": math.nan}, "`min_p` must be between 0 and 1, or left out, but is nan instead."),
+        ({"typical_p": 0.0}, "`typical_p` must be above 0 and at most 1, or left out, but is 0.0 instead."),
     ],
 )
 def test_refuses_what_makes_no_distribution(options, message):

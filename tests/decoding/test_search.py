@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from triglot.decoding.beam import BeamSearch, beam_search
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Decoded, Steps, beam_search, generate, normalised, stream
+from triglot.decoding.search import Decoded, Steps, generate, stream
 from triglot.errors import CheckpointError, ConfigError
 
 PAD, BOS, EOS = 0, 1, 2
 BANNED = (PAD, BOS)
 GREEDY = Sampler(temperature=0.0)
 VOCAB = 7
+LENGTHS = st.sampled_from(["power", "gnmt"])
 
 
 class Table:
@@ -47,15 +49,27 @@ def tables(sentences: int, seed: int, end: float = 0.0, vocab: int = VOCAB) -> T
     return made
 
 
-def log_prob(table: Tensor, ids: list[int], banned: tuple[int, ...] = BANNED) -> float:
-    """Σ log p of a text, token by token."""
-    total, context = 0.0, (BOS, BOS)
+def distributions(table: Tensor, ids: list[int]) -> list[list[float]]:
+    """log p of everything at each place of a text."""
+    found, context = [], (BOS, BOS)
     for token in ids:
         logits = table[context].double().clone()
-        logits[list(banned)] = -math.inf
-        total += logits.log_softmax(0)[token].item()
+        logits[list(BANNED)] = -math.inf
+        found.append(logits.log_softmax(0).tolist())
         context = (context[1], token)
-    return total
+    return found
+
+
+def log_probs(table: Tensor, ids: list[int]) -> list[float]:
+    return [of[token] for of, token in zip(distributions(table, ids), ids, strict=True)]
+
+
+def log_prob(table: Tensor, ids: list[int]) -> float:
+    return sum(log_probs(table, ids))
+
+
+def score(log_prob: float, n: int, alpha: float, lengths: str) -> float:
+    return log_prob / (n**alpha if lengths == "power" else ((5 + n) / 6) ** alpha)
 
 
 def greedy(table: Tensor, limit: int) -> list[int]:
@@ -72,7 +86,7 @@ def greedy(table: Tensor, limit: int) -> list[int]:
 def run_beam(made: Tensor, beam: int, limit: int | list[int], **options) -> list[list[Decoded]]:
     steps = Table(made)
     options = {"banned": BANNED, **options}
-    return beam_search(steps.logits(), steps, beam=beam, max_new_tokens=limit, eos_id=EOS, **options)
+    return beam_search(steps.logits(), steps, BeamSearch(beam=beam, eos_id=EOS, **options), limit)
 
 
 def run(made: Tensor, sampler: Sampler, limit: int | list[int], **options) -> list[Decoded]:
@@ -91,6 +105,7 @@ def test_greedy_is_the_plain_loop_for_each_row_and_its_own_limit(seed, limits):
     for table, limit, result in zip(made, limits, run(made, GREEDY, limits), strict=True):
         assert result.ids == greedy(table, limit)
         assert result.truncated == (result.ids[-1:] != [EOS])
+        assert result.log_probs == pytest.approx(log_probs(table, result.ids), abs=1e-4)
         assert result.log_prob == pytest.approx(log_prob(table, result.ids), abs=1e-4)
 
 
@@ -117,6 +132,29 @@ def test_a_stream_is_the_batch_told_step_by_step(seed, rows):
         mine = [token for token in tokens if token.row == row]
         assert [token.id for token in mine] == result.ids
         assert sum(token.log_prob for token in mine) == result.log_prob
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.integers(1, 5), st.integers(0, 9))
+def test_alternatives_are_the_likeliest_tokens_before_temperature_and_cuts(seed, rows, count):
+    made = tables(rows, seed)
+
+    def run(**options):
+        steps, generator = Table(made), torch.Generator().manual_seed(seed)
+        sampler = Sampler(temperature=2.0, top_k=3)
+        return list(
+            stream(steps.logits(), steps, sampler, 7, eos_id=EOS, banned=BANNED, generator=generator, **options)
+        )
+
+    told = run(top_logprobs=count)
+    assert [token._replace(alternatives=()) for token in told] == run()
+    for row, table in enumerate(made):
+        mine = [token for token in told if token.row == row]
+        for token, expected in zip(mine, distributions(table, [token.id for token in mine]), strict=True):
+            best = sorted((-value, id) for id, value in enumerate(expected) if value > -math.inf)[:count]
+            assert [id for id, _ in token.alternatives] == [id for _, id in best]
+            assert [value for _, value in token.alternatives] == pytest.approx([-value for value, _ in best], abs=1e-4)
+            assert dict(token.alternatives).get(token.id, token.log_prob) == token.log_prob
 
 
 def test_a_sampled_row_does_not_depend_on_its_mates():
@@ -155,17 +193,18 @@ def all_texts(vocab: int, limit: int) -> list[tuple[int, ...]]:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 999), st.sampled_from([0.0, 0.6, 1.0, 2.0]))
-def test_a_beam_as_wide_as_all_texts_finds_the_best_of_them(seed, alpha):
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.6, 1.0, 2.0]), LENGTHS)
+def test_a_beam_as_wide_as_all_texts_finds_the_best_of_them(seed, alpha, lengths):
     vocab, limit, nbest = 5, 4, 5
     table = tables(1, seed, vocab=vocab)[0]
-    found = run_beam(table[None], beam=3**limit, limit=limit, length_penalty=alpha, nbest=nbest)[0]
+    options = {"length_penalty": alpha, "lengths": lengths}
+    found = run_beam(table[None], beam=3**limit, limit=limit, nbest=nbest, **options)[0]
     texts = [list(text) for text in all_texts(vocab, limit) if text[-1] == EOS]
-    exact = sorted((normalised(log_prob(table, text), len(text), alpha) for text in texts), reverse=True)
-    assert [one.score(alpha) for one in found] == pytest.approx(exact[:nbest], abs=1e-4)
+    exact = sorted((score(log_prob(table, text), len(text), alpha, lengths) for text in texts), reverse=True)
+    assert [one.score(alpha, lengths) for one in found] == pytest.approx(exact[:nbest], abs=1e-4)
     for one in found:
         assert not one.truncated
-        assert one.log_prob == pytest.approx(log_prob(table, one.ids), abs=1e-4)
+        assert one.log_probs == pytest.approx(log_probs(table, one.ids), abs=1e-4)
 
 
 @settings(deadline=None, max_examples=50)
@@ -189,25 +228,36 @@ def test_a_sentence_alone_is_the_sentence_in_company(seed, beam, alpha, data):
         assert run_beam(made[[row]], beam, limits[row], **options) == [together[row]]
 
 
-def unhurried(table: Tensor, beam: int, limit: int, alpha: float) -> list[tuple[float, list[int]]]:
-    """Beam search in lists, which never stops early: every finished text, best first."""
+def unhurried(table: Tensor, beam: int, limit: int, alpha: float, lengths: str, enough: float = math.inf):
+    """Beam search in lists, which goes on until `enough` texts have finished: scores and texts, best first."""
     live, pool = [(0.0, [])], []
     for _ in range(limit):
         grown = [
             (log_prob(table, [*ids, token]), [*ids, token]) for _, ids in live for token in range(VOCAB) if token > BOS
         ]
         candidates = sorted(grown, key=lambda one: -one[0])[: 2 * beam]
-        pool += [(normalised(p, len(ids), alpha), ids) for p, ids in candidates[:beam] if ids[-1] == EOS]
+        pool += [(score(p, len(ids), alpha, lengths), ids) for p, ids in candidates[:beam] if ids[-1] == EOS]
         live = [one for one in candidates if one[1][-1] != EOS][:beam]
+        if len(pool) >= enough:
+            break
     return sorted(pool, reverse=True)
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 999), st.integers(2, 5), st.sampled_from([0.0, 0.6, 1.0]))
-def test_stopping_early_changes_no_result(seed, beam, alpha):
+@given(st.integers(0, 999), st.integers(2, 5), st.sampled_from([0.0, 0.6, 1.0]), LENGTHS)
+def test_stopping_early_changes_no_result(seed, beam, alpha, lengths):
     made = tables(1, seed, 1.0)
-    found = run_beam(made, beam, 11, length_penalty=alpha, nbest=2)[0]
-    expected = unhurried(made[0], beam, 11, alpha)[:2]
+    found = run_beam(made, beam, 11, length_penalty=alpha, lengths=lengths, nbest=2)[0]
+    expected = unhurried(made[0], beam, 11, alpha, lengths)[:2]
+    assert [one.ids for one in found if not one.truncated] == [ids for _, ids in expected]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 999), st.integers(1, 5), st.sampled_from([0.1, 0.7, 1.0, 2.0, 1e9]), LENGTHS, st.data())
+def test_patience_waits_for_so_many_texts_and_never_for_fewer_than_are_asked_for(seed, beam, patience, lengths, data):
+    made, nbest = tables(1, seed, 1.0), data.draw(st.integers(1, beam))
+    found = run_beam(made, beam, 11, length_penalty=2.0, lengths=lengths, nbest=nbest, patience=patience)[0]
+    expected = unhurried(made[0], beam, 11, 2.0, lengths, max(nbest, beam * patience))[:nbest]
     assert [one.ids for one in found if not one.truncated] == [ids for _, ids in expected]
 
 
@@ -216,7 +266,7 @@ def test_a_finished_sentence_leaves_the_batch():
 
     def rows_seen(made: Tensor) -> list[int]:
         steps = Table(made)
-        beam_search(steps.logits(), steps, beam=2, max_new_tokens=limit, eos_id=EOS, length_penalty=0.0, banned=BANNED)
+        beam_search(steps.logits(), steps, BeamSearch(beam=2, eos_id=EOS, length_penalty=0.0, banned=BANNED), limit)
         return steps.rows_seen
 
     alone = [rows_seen(made[[row]]) for row in range(5)]
@@ -268,10 +318,12 @@ def test_more_texts_than_there_are_is_not_an_error():
         ({"beam": 0}, "`beam` must be at least 1, but is 0 instead."),
         ({"beam": 2, "nbest": 3}, "`nbest` must be between 1 and beam (2), but is 3 instead."),
         ({"beam": 2, "length_penalty": -1.0}, "`length_penalty` must be at least 0, but is -1.0 instead."),
+        ({"beam": 2, "patience": 0.0}, "`patience` must be above 0, or left out, but is 0.0 instead."),
+        ({"beam": 2, "lengths": "mean"}, "`lengths` must be power or gnmt, but is 'mean' instead."),
         ({"beam": 2, "limit": 0}, "`max_new_tokens` must be at least 1, but is 0 instead."),
     ],
 )
-def test_refuses_a_search_that_makes_no_sense(options, message):
+def test_refuses_a_search_that_makes_no_sense(options, message, without_shape_checks):
     with pytest.raises(ConfigError) as refusal:
         run_beam(tables(1, 0), **{"limit": 5, **options})
     assert str(refusal.value) == message
@@ -283,85 +335,3 @@ def test_a_model_of_nan_is_an_error_and_not_a_text(search):
     made[1, ..., 3] = math.nan
     with pytest.raises(CheckpointError, match="`logits` must be numbers"):
         search(made)
-
-
-def more_end(prefix: Tensor, logits: Tensor) -> Tensor:
-    """The end token becomes likelier with every token, so that texts have lengths between 1 and the limit."""
-    return logits.index_add(1, torch.tensor([EOS]), torch.full((len(logits), 1), float(prefix.size(1))))
-
-
-class Marian:
-    """A transformers encoder–decoder as `Steps`: uncached, the whole prefix again for every token."""
-
-    def __init__(self, model, src: Tensor, mask: Tensor) -> None:
-        self.model, self.mask = model, mask
-        self.memory = model.get_encoder()(src, attention_mask=mask).last_hidden_state
-        self.prefix = torch.empty(len(src), 0, dtype=torch.long)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        self.prefix = torch.cat([self.prefix, tokens[:, None]], 1)
-        out = self.model(
-            encoder_outputs=(self.memory,), attention_mask=self.mask, decoder_input_ids=self.prefix, use_cache=False
-        )
-        return more_end(self.prefix, out.logits[:, -1])
-
-    def select(self, rows: Tensor) -> None:
-        self.memory, self.mask, self.prefix = self.memory[rows], self.mask[rows], self.prefix[rows]
-
-
-@pytest.fixture(scope="module")
-def marian():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": BOS}
-    config = transformers.MarianConfig(
-        vocab_size=23,
-        d_model=22,
-        encoder_ffn_dim=37,
-        decoder_ffn_dim=37,
-        max_position_embeddings=41,
-        init_std=0.4,
-        **sizes,
-        **ids,
-    )
-    return transformers.MarianMTModel(config).eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("beam", [2, 5])
-def test_equals_the_beam_search_of_transformers(marian, alpha, beam):
-    src = torch.randint(3, 23, (7, 11), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(src)
-    mask[1, 5:] = mask[4, 3:] = 0
-    src = src * mask
-    limit = 13
-    theirs = marian.generate(
-        input_ids=src,
-        attention_mask=mask,
-        num_beams=beam,
-        num_return_sequences=2,
-        length_penalty=alpha,
-        early_stopping="never",
-        do_sample=False,
-        max_new_tokens=limit,
-        bad_words_ids=[[BOS], [PAD]],
-        logits_processor=[more_end],
-        renormalize_logits=True,
-        forced_eos_token_id=None,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    steps = Marian(marian, src, mask)
-    first = steps.step(torch.full((len(src),), BOS))
-    ours = beam_search(
-        first, steps, beam=beam, max_new_tokens=limit, eos_id=EOS, length_penalty=alpha, nbest=2, banned=BANNED
-    )
-    assert (theirs.sequences == EOS).any(1).all()  # texts cut at the limit they rank among the finished, we after them
-    for row, texts in enumerate(ours):
-        for rank, text in enumerate(texts):
-            ids = theirs.sequences[2 * row + rank, 1:].tolist()
-            assert text.ids == ids[: ids.index(EOS) + 1]
-            assert text.score(alpha) == pytest.approx(theirs.sequences_scores[2 * row + rank].item(), abs=1e-4)
-    assert len({len(text.ids) for texts in ours for text in texts}) > 2

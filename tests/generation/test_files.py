@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from triglot.errors import DataError
-from triglot.generation.engine import Hypothesis
 from triglot.generation.files import lines_of, translate_lines, written
+from triglot.generation.results import Hypothesis
 
 
 class Upper:
@@ -19,7 +19,7 @@ class Upper:
 
     def translate(self, lines, *, first_line, nbest=1):
         self.calls.append((first_line, len(lines)))
-        return [[Hypothesis(line.upper(), -float(rank), [], False) for rank in range(nbest)] for line in lines]
+        return [[Hypothesis(line.upper(), -float(rank), [], False, []) for rank in range(nbest)] for line in lines]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_n_best_lists_tell_line_and_score(upper):
 
 
 def test_a_line_feed_in_a_translation_does_not_make_two_lines():
-    one = Hypothesis("a\nb\r\nc\x85d", 0.0, [], False)
+    one = Hypothesis("a\nb\r\nc\x85d", 0.0, [], False, [])
     assert list(written([[one], [one]])) == ["a b c d\n", "a b c d\n"]
 
 

@@ -21,8 +21,9 @@ from triglot.config import (
     TrainConfig,
 )
 from triglot.errors import ConfigError, DataError
+from triglot.generation.alignment import shifted
 from triglot.generation.engine import Engine
-from triglot.insight.explain import align, explain, merge, shifted, words_of
+from triglot.insight.explain import align, explain, merge, words_of
 from triglot.layers.masks import create_masks
 from triglot.models.factory import build_model
 from triglot.tokenizer import Tokenizer, Tokenizers

@@ -113,7 +113,7 @@ def test_the_command_line_tells_of_a_full_disk_in_one_line(tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, os.strerror(28), "some file")
 
-    monkeypatch.setattr("triglot.cli.find_recipe", full)
+    monkeypatch.setattr("triglot.cli.runs.find_recipe", full)
     result = CliRunner().invoke(app, ["train", "any"])
     assert (result.exit_code, result.stderr) == (2, "[Errno 28] No space left on device: 'some file'\n")
 

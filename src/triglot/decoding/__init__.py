@@ -1,1 +1,1 @@
-"""Choosing tokens: sampling as pure functions, search over anything that can take a step."""
+"""Choosing tokens: rules and sampling as pure functions, search over anything that can take a step."""

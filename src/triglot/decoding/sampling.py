@@ -1,9 +1,13 @@
-"""Choosing the next token from logits: temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020).
+"""Choosing the next token from logits: temperature, and cuts of what is unlikely.
+
+The cuts are top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024) and typical-p (Meister et
+al. 2022).
 
 Everything is computed in fp32, ties go to the lower id, and a draw takes one uniform number a row, so that a row with a
 generator of its own draws the same tokens whatever its batch mates are.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from triglot.errors import ConfigError, require
 
+BLOCK = 128
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for all rows, one for each row, or torch's own."""
 
@@ -20,12 +25,29 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def largest(
     values: Float[Tensor, "rows columns"], count: int
 ) -> tuple[Float[Tensor, "rows count"], Int[Tensor, "rows count"]]:
-    """The `count` largest of each row, falling, and their indices; ties by lower index, which `topk` leaves open."""
-    count = min(count, values.size(1))
-    least = values.topk(count).values[:, -1:]
-    above, tied = values > least, values == least
-    chosen = above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
-    index = chosen.nonzero()[:, 1].view(-1, count)
+    """The `count` largest of each row, falling, and their indices; ties by lower index, which `topk` leaves open.
+
+    In wide rows only those blocks are looked at that have the largest maxima: the others have none of the `count`.
+    """
+    rows, columns = values.shape
+    count = min(count, columns)
+    if columns % BLOCK or columns < 4 * count * BLOCK:
+        return _largest(values, count)
+    blocks = values.view(rows, -1, BLOCK)
+    chosen = _largest(blocks.amax(2), count)[1].sort(1).values  # in their order, so that ties stay in theirs
+    picked = blocks[torch.arange(rows, device=values.device)[:, None], chosen].flatten(1)
+    top, place = _largest(picked, count)
+    return top, chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    top, index = values.topk(count)
+    least = top[:, -1:]
+    if ((values >= least).sum(1) > count).any():  # `topk` may have taken any of those that tie for the last places
+        above, tied = values > least, values == least
+        chosen = above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
+        index = chosen.nonzero()[:, 1].view(-1, count)
+    index = index.sort(1).values
     top, order = values.gather(1, index).sort(descending=True, stable=True)
     return top, index.gather(1, order)
 
@@ -38,11 +60,34 @@ def keep_top_k(logits: Float[Tensor, "rows vocab"], top_k: int) -> Float[Tensor,
 
 def keep_top_p(logits: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tensor, "rows vocab"]:
     """The fewest largest logits whose probabilities sum to `top_p` or more, at least one; −∞ elsewhere."""
-    values, index = logits.sort(descending=True, stable=True)
+    return _until(top_p, *logits.sort(descending=True, stable=True))
+
+
+def keep_min_p(logits: Float[Tensor, "rows vocab"], min_p: float) -> Float[Tensor, "rows vocab"]:
+    """The logits whose probability is at least `min_p` times the largest one of the row; −∞ elsewhere."""
+    if min_p == 0:
+        return logits
+    return logits.masked_fill(logits - logits.amax(1, keepdim=True) < math.log(min_p), float("-inf"))
+
+
+def keep_typical_p(logits: Float[Tensor, "rows vocab"], typical_p: float) -> Float[Tensor, "rows vocab"]:
+    """The fewest logits with |−log p − H| smallest whose probabilities sum to `typical_p` or more; −∞ elsewhere.
+
+    H = −Σ p log p is the entropy of the row: the information a token is expected to have.
+    """
+    log_probs = logits.log_softmax(1)
+    # A running sum, since `sum` adds a row that is alone in another order than rows in company.
+    entropy = torch.special.entr(log_probs.exp()).cumsum(1)[:, -1:]
+    index = (-log_probs - entropy).abs().sort(dim=1, stable=True).indices
+    return _until(typical_p, logits.gather(1, index), index)
+
+
+def _until(mass: float, values: Tensor, index: Tensor) -> Tensor:
+    """The first logits, at least one, whose probabilities sum to `mass`, each back at its `index`; −∞ elsewhere."""
     probabilities = values.softmax(1)
     before = probabilities.cumsum(1) - probabilities
     before[:, 0] = 0.0  # rounding must not cost the first its place
-    return torch.full_like(logits, float("-inf")).scatter(1, index, values.masked_fill(before >= top_p, float("-inf")))
+    return torch.empty_like(values).scatter(1, index, values.masked_fill(before >= mass, float("-inf")))
 
 
 def uniforms(rows: int, generator: Generators) -> Float[Tensor, " rows"]:
@@ -64,19 +109,27 @@ def draw(probabilities: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " ro
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How to choose: from softmax(logits / temperature), cut to the `top_k` largest, then to `top_p`."""
+    """How to choose: from softmax(logits / temperature), cut by `top_k`, `top_p`, `min_p`, `typical_p`.
+
+    The cuts come in this order, transformers' own, each of the distribution that the one before it left.
+    """
 
     temperature: float = 1.0
     """0 is the arg max, whatever the cuts."""
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
 
     def __post_init__(self) -> None:
         finite = 0 <= self.temperature < float("inf")
         require(finite, "temperature", "at least 0 and finite", self.temperature, ConfigError)
         require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1, or left out", self.top_k, ConfigError)
-        fits = self.top_p is None or 0 < self.top_p <= 1
-        require(fits, "top_p", "above 0 and at most 1, or left out", self.top_p, ConfigError)
+        for name, share in (("top_p", self.top_p), ("typical_p", self.typical_p)):
+            fits = share is None or 0 < share <= 1
+            require(fits, name, "above 0 and at most 1, or left out", share, ConfigError)
+        fits = self.min_p is None or 0 <= self.min_p <= 1
+        require(fits, "min_p", "between 0 and 1, or left out", self.min_p, ConfigError)
 
     def __call__(self, logits: Float[Tensor, "rows vocab"], generator: Generators = None) -> Int[Tensor, " rows"]:
         """One token a row."""
@@ -89,4 +142,8 @@ class Sampler:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None and self.top_p < 1:
             logits = keep_top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = keep_min_p(logits, self.min_p)
+        if self.typical_p is not None and self.typical_p < 1:
+            logits = keep_typical_p(logits, self.typical_p)
         return draw(logits.softmax(1), uniforms(logits.size(0), generator))

@@ -1,296 +1,178 @@
-"""A trained run behind three calls: `translate`, `generate` and `stream`.
+"""A trained run behind its calls: `translate` and `alternatives`, `generate` and `stream`, `score` and `score_file`.
 
-Texts are batched by length; what a text becomes does not depend on the batch, nor a sampled one on its batch mates.
+What a text becomes does not depend on its company: a request alone and in any mix, order or batch gets the same tokens
+and, on a processor, the same log-probabilities bit for bit.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, overload
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from triglot.checkpoint import load_model
 from triglot.config import RunConfig
-from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Decoded, Token, beam_search, gather, stream
-from triglot.errors import ConfigError, DataError, require
-from triglot.layers.masks import create_padding_mask
-from triglot.models.decoder_only import DecoderLLM
-from triglot.models.encoder_decoder import Transformer
-from triglot.tokenizer import Tokenizer, Tokenizers
-
-BATCH_TOKENS = 16_384
-"""Positions, of all texts and beams, whose keys and values are held at a time."""
-
-TooLong = Literal["error", "cut"]
-"""What happens with a line that the model can not read whole."""
-
-
-class TextWasCut(UserWarning):
-    """Only the beginning of a text was read."""
-
-
-PastContext = Literal["error", "slide"]
-"""What happens where a text outgrows the model's context: refuse, or go on from the last half of it."""
-
-
-class Hypothesis(NamedTuple):
-    """A translation; `score` is Σ log p / n^α over its n `tokens`, the end token included."""
-
-    text: str
-    score: float
-    tokens: list[int]
-    truncated: bool
-    """Stopped by a limit, not by the end token."""
-
-
-class Generation(NamedTuple):
-    """What follows a prompt, and Σ log p of its `tokens` under the model (before temperature and cuts)."""
-
-    text: str
-    log_prob: float
-    tokens: list[int]
-    truncated: bool
-    """Stopped by a limit, not by the end token."""
+from triglot.errors import ConfigError, require
+from triglot.generation import scoring, sentences, texts
+from triglot.generation.options import Sampling, Searching, made
+from triglot.generation.ready import Ready, refuse_text
+from triglot.generation.results import Alternative, Generation, Hypothesis
+from triglot.generation.workers import Workers
+from triglot.layers.packed import Precision
+from triglot.objective import Model
+from triglot.tokenizer import Tokenizers
 
 
 def load(
-    run: str | Path, *, which: str = "best", device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    run: str | Path,
+    *,
+    which: str = "best",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    precision: Precision = "fp32",
+    workers: int | None = None,
 ) -> "Engine":
     """The engine of a run's checkpoint `which`: best, last, or a number of steps.
 
-    Without `device` it is on the GPU if there is one.
+    Without `device` it is on the GPU if there is one. `precision` is that of decoding: on a processor the weights are
+    packed for it, on a GPU bf16 is the type of the model and int8 is refused. With `workers` above 1 so many processes
+    translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`).
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Engine(*load_model(Path(run), which, device, dtype))
+    on_processor = torch.device(device).type == "cpu"
+    if precision == "bf16" and not on_processor:
+        precision, dtype = "fp32", torch.bfloat16
+    pool = None
+    if workers is not None and workers != 1:
+        fits = on_processor and dtype in (None, torch.float32)
+        require(fits, "workers", "1 unless the model is on a processor, in fp32", workers, ConfigError)
+        pool = Workers(partial(sentences.worker_search, Path(run), which, precision), workers)
+    return Engine(*load_model(Path(run), which, device, dtype), precision=precision, workers=pool)
 
 
 class Engine:
-    """A model in evaluation mode with its config and tokenizers; what it does not say, `config.generation` says."""
+    """A model in evaluation mode with its config and tokenizers; what a call does not say, `config.generation` says.
 
-    def __init__(self, model: Transformer | DecoderLLM, config: RunConfig, tokenizers: Tokenizers) -> None:
+    On a processor the model is made ready to decode when it is first asked to, and its weights must not change then.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: RunConfig,
+        tokenizers: Tokenizers,
+        *,
+        precision: Precision = "fp32",
+        workers: Workers | None = None,
+    ) -> None:
         self.model, self.config, self.tokenizers = model, config, tokenizers
+        self._ready = Ready(model, config, tokenizers, precision)
+        self._workers = workers
+        self._find = partial(sentences.search_all, self._ready) if workers is None else workers.search
 
-    @torch.no_grad()
+    def close(self) -> None:
+        """End the processes that translate, which otherwise end with the program."""
+        if self._workers is not None:
+            self._workers.pool.shutdown(cancel_futures=True)
+
     def translate(
         self,
         lines: Sequence[str],
         *,
-        beam: int | None = None,
-        nbest: int = 1,
-        length_penalty: float | None = None,
-        max_new_tokens: int | None = None,
-        tags: str | Sequence[str | None] | None = None,
-        too_long: TooLong = "error",
+        tags: sentences.Tags = None,
+        prefixes: Sequence[str] | None = None,
         first_line: int = 1,
+        **options: Any,
     ) -> list[list[Hypothesis]]:
         """The `nbest` best translations of each line, best first; an empty line becomes one empty text.
 
-        `tags` is the target tag of all lines, or of each. Of a line that is longer than the model reads, the beginning
-        is translated where `too_long` is "cut". Raises DataError for such a line otherwise, counting from `first_line`,
-        for an unknown tag, and for none where the run was trained with tags.
+        `tags` is the target tag of all lines, or of each; `prefixes` are how the translations begin; options are those
+        of `Searching`. Of a line that is longer than the model reads, the beginning is translated where `too_long` is
+        "cut". Raises DataError for such a line otherwise, counting from `first_line`, for an unknown tag, and for none
+        where the run was trained with tags; ConfigError for options that can not be.
         """
-        model = _expect(self.model, Transformer, "one that translates; use `generate`", self.config)
-        _refuse_text("lines", lines)
-        how = self.config.generation
-        beam = max(how.beam, nbest) if beam is None else beam
-        length_penalty = how.length_penalty if length_penalty is None else length_penalty
-        if isinstance(tags, str) or tags is None:
-            known = self.tokenizers.source.tags
-            rule = f"one of {', '.join(known)}, since the run was trained with target tags"
-            require(tags is not None or not known, "the target tag", rule, tags, DataError)
-            tags = [tags] * len(lines)
-        sources = self.tokenizers.encode_sources(lines, tags)
-        require(too_long in ("error", "cut"), "too_long", "error or cut", too_long, ConfigError)
-        for number, ids in enumerate(sources, first_line):
-            rule = f"at most {model.max_seq_length} tokens long (the model's max_seq_length)"
-            fits = len(ids) <= model.max_seq_length
-            require(fits or too_long == "cut", f"line {number}", rule, len(ids), DataError)
-            if not fits:
-                told = f"line {number} has {len(ids)} tokens: all beyond {model.max_seq_length} were cut"
-                warnings.warn(told, TextWasCut, stacklevel=2)
-                ids[model.max_seq_length - 1 : -1] = []
-        limit = self.config.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-        limit = min(limit, model.max_seq_length)
-        results = [[Hypothesis("", 0.0, [], truncated=False)] for _ in lines]
-        rows = [row for row, line in enumerate(lines) if line.strip()]
-        for batch in _batches(rows, [beam * (len(ids) + limit) for ids in sources]):
-            src = _pad([sources[row] for row in batch], model)
-            steps = model.start(src, create_padding_mask(src), limit)
-            first = steps.step(torch.full((len(batch),), Tokenizer.bos_id, device=src.device))
-            found = beam_search(
-                first,
-                steps,
-                beam=beam,
-                max_new_tokens=limit,
-                eos_id=Tokenizer.eos_id,
-                length_penalty=length_penalty,
-                nbest=nbest,
-                banned=_banned(self.tokenizers.target),
-            )
-            for row, texts in zip(batch, found, strict=True):
-                results[row] = [self._hypothesis(text, length_penalty) for text in texts]
-        return results
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        past_context: PastContext = "error",
-    ) -> list[Generation]:
-        """What follows each prompt, up to the end of its document or `max_new_tokens`; temperature 0 is greedy.
-
-        An empty prompt begins a document. The n-th prompt draws from the seed `seed + n`, counted from 0. Without
-        `max_new_tokens` it is the run's, and no more than fits the context; raises ConfigError where it does not fit
-        and `past_context` is "error".
-        """
-        _refuse_text("prompts", prompts)
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-        contexts, limits = self._contexts(prompts, max_new_tokens, past_context)
-        results: dict[int, Generation] = {}
-        sizes = [min(len(ids) + limit, self._window) for ids, limit in zip(contexts, limits, strict=True)]
-        for batch in _batches(range(len(prompts)), sizes):
-            generators = [torch.Generator().manual_seed(seed + row) for row in batch]
-            tokens = self._tokens([contexts[row] for row in batch], [limits[row] for row in batch], sampler, generators)
-            for row, new in zip(batch, gather(tokens, len(batch), Tokenizer.eos_id), strict=True):
-                text = self.tokenizers.target.decode(new.ids)
-                results[row] = Generation(text, new.log_prob, new.ids, new.truncated)
-        return [results[row] for row in range(len(prompts))]
-
-    def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        past_context: PastContext = "error",
-    ) -> Iterator[str]:
-        """The text that `generate` returns for one prompt, in pieces of whole characters as they come."""
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-        contexts, limits = self._contexts([prompt], max_new_tokens, past_context)
-        tokens = self._tokens(contexts, limits, sampler, [torch.Generator().manual_seed(seed)])
-        return self._pieces(tokens)
-
-    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """What the model reads of each prompt, as it read texts in training.
-
-        Whole documents begin with BOS, and so does nothing at all; windows cut anywhere mostly do not.
-        """
-        whole = self.config.data.packing == "documents"
-        return [[Tokenizer.bos_id] * (whole or not ids) + ids for ids in self.tokenizers.target.encode_batch(prompts)]
-
-    def _pieces(self, tokens: Iterator[Token]) -> Iterator[str]:
-        text = self.tokenizers.target.stream()
-        for token in tokens:
-            if piece := text.push(token.id):
-                yield piece
-        if rest := text.flush():
-            yield rest
-
-    @property
-    def _window(self) -> int:
-        return _expect(self.model, DecoderLLM, "one that continues texts; use `translate`", self.config).max_len
-
-    def _contexts(
-        self, prompts: Sequence[str], max_new_tokens: int | None, past_context: PastContext
-    ) -> tuple[list[list[int]], list[int]]:
-        """The ids of each prompt and how many tokens may follow it."""
-        window, limits = self._window, []
-        require(past_context in ("error", "slide"), "past_context", "error or slide", past_context, ConfigError)
-        require(
-            max_new_tokens is None or max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens, ConfigError
+        _ = self._ready.translator
+        refuse_text("lines", lines)
+        refuse_text("prefixes", prefixes or [])
+        how = made(Searching, options)
+        return sentences.translate(
+            self._ready, self._find, lines, how, tags=tags, prefixes=prefixes, first_line=first_line
         )
-        contexts = self.prompt_ids(prompts)
-        for number, ids in enumerate(contexts, 1):
-            room = window - len(ids)
-            limit = max_new_tokens or self.config.generation.max_new_tokens
-            if past_context == "error":
-                beyond = f'(the context is {window}; past_context "slide" goes on beyond)'
-                require(
-                    room >= 1, f"prompt {number}", f"at most {window - 1} tokens long {beyond}", len(ids), ConfigError
-                )
-                rule = f"at most {room} after the {len(ids)} tokens of prompt {number} {beyond}"
-                require(max_new_tokens is None or limit <= room, "max_new_tokens", rule, limit, ConfigError)
-                limit = min(limit, room)
-            limits.append(limit)
-        return contexts, limits
 
-    @torch.no_grad()
-    def _tokens(
-        self, contexts: list[list[int]], limits: list[int], sampler: Sampler, generators: list[torch.Generator]
-    ) -> Iterator[Token]:
-        """New tokens of every row; a row whose context is full goes on from the last half of it."""
-        model = _expect(self.model, DecoderLLM, "one that continues texts; use `translate`", self.config)
-        window, left, live = model.max_len, list(limits), list(range(len(contexts)))
-        require(window >= 2, "max_seq_length", "at least 2 to generate", window, ConfigError)
-        while live:
-            texts = [ids if len(ids) < window else ids[-(window // 2) :] for ids in contexts]
-            prompts = _pad(texts, model)
-            lengths = torch.tensor([len(text) for text in texts], device=prompts.device)
-            room = min(max(left[row] for row in live), window - prompts.size(1))  # the longest is the first to be full
-            first, steps = model.start(prompts, lengths, room)
-            tokens = stream(
-                first,
-                steps,
-                sampler,
-                [min(left[row], room) for row in live],
-                eos_id=Tokenizer.eos_id,
-                banned=_banned(self.tokenizers.target),
-                generator=[generators[row] for row in live],
-            )
-            for token in tokens:
-                row = live[token.row]
-                texts[token.row].append(token.id)
-                left[row] = 0 if token.id == Tokenizer.eos_id else left[row] - 1
-                yield token._replace(row=row)
-            contexts = [text for row, text in zip(live, texts, strict=True) if left[row]]
-            live = [row for row in live if left[row]]
+    def alternatives(
+        self, line: str, prefix: str = "", count: int = 5, *, tag: str | None = None, **options: Any
+    ) -> list[Alternative]:
+        """The `count` likeliest tokens behind `prefix` in a translation of `line`, falling.
 
-    def _hypothesis(self, text: Decoded, length_penalty: float) -> Hypothesis:
-        words = self.tokenizers.target.decode(text.ids)
-        return Hypothesis(words, text.score(length_penalty), text.ids, text.truncated)
+        Each comes with the best translation that goes on with it; options are those of `Searching`.
+        """
+        _ = self._ready.translator
+        how = made(Searching, {"nbest": 1, **options})
+        require(how.nbest == 1, "nbest", "1, one for each alternative", how.nbest, ConfigError)
+        return sentences.alternatives(self._ready, self._find, line, prefix, count, how, tag)
 
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]:
+        """What follows each prompt, up to the end of its document, a stop string or `max_new_tokens`.
 
-def _refuse_text(name: str, texts: Sequence[str]) -> None:
-    """A text is a sequence of characters, each of which would pass for a text."""
-    require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
+        Options are those of `Sampling`. An empty prompt begins a document. With n above 1 the texts of a prompt stand
+        side by side, so that text k of prompt i is number i · n + k, and draws from the seed `seed + i · n + k`.
+        Raises ConfigError for options that can not be, and for what does not fit the context where `past_context` is
+        "error".
+        """
+        _ = self._ready.writer
+        refuse_text("prompts", prompts)
+        how = made(Sampling, options)
+        drafts, rules = texts.drafts_of(self._ready, prompts, how)
+        texts.write_all(self._ready, drafts, how, rules)
+        return [draft.result(alternatives=how.top_logprobs > 0) for draft in drafts]
 
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The text that `generate` returns for one prompt, as it comes.
 
-def _banned(tokenizer: Tokenizer) -> list[int]:
-    """Special tokens that stand for no text and no end."""
-    tags = [tokenizer.tag_id(tag) for tag in tokenizer.tags]
-    return [Tokenizer.pad_id, Tokenizer.bos_id, *tags]
+        Pieces are whole characters, none of them of a stop string that comes to be complete.
+        """
+        _ = self._ready.writer
+        how = made(Sampling, options)
+        require(how.n == 1, "n", "1 in a stream", how.n, ConfigError)
+        require(how.top_logprobs == 0, "top_logprobs", "0 in a stream of text", how.top_logprobs, ConfigError)
+        drafts, rules = texts.drafts_of(self._ready, [prompt], how)
+        return filter(None, texts.write(self._ready, drafts, how, rules))
 
+    @overload
+    def score(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        /,
+        *,
+        tags: sentences.Tags = None,
+        too_long: scoring.TooLong = "error",
+        first: int = 1,
+    ) -> list[scoring.TextScore]: ...
+    @overload
+    def score(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str] | None = None,
+        /,
+        *,
+        end: bool = False,
+        past_context: scoring.PastContext = "error",
+        first: int = 1,
+    ) -> list[scoring.TextScore]: ...
+    def score(self, *texts: Any, **options: Any) -> list[scoring.TextScore]:
+        """log p of each token: of targets given their sources, or of texts behind their prompts.
 
-def _pad(texts: Sequence[list[int]], model: Transformer | DecoderLLM) -> Tensor:
-    rows = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True, padding_value=Tokenizer.pad_id)
-    return rows.to(next(model.parameters()).device)
+        Probabilities are the model's own in its own type, whatever the precision of decoding; see `score_pairs` and
+        `score_texts`.
+        """
+        if self.config.model.kind == "encoder_decoder":
+            return scoring.score_pairs(self._ready.translator, self.tokenizers, *texts, **options)
+        return scoring.score_texts(self._ready.writer, self.config, self.tokenizers.target, *texts, **options)
 
-
-def _batches(rows: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """The rows from the longest down, in batches of at most BATCH_TOKENS: number of rows × the first one's size."""
-    batch: list[int] = []
-    for row in sorted(rows, key=lambda row: -sizes[row]):
-        if batch and (len(batch) + 1) * sizes[batch[0]] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _expect(model: Any, kind: type[Any], rule: str, config: RunConfig) -> Any:
-    require(isinstance(model, kind), "the model of the run", rule, config.model.kind, ConfigError)
-    return model
+    def score_file(self, path: str | Path, *, context: int | None = None) -> scoring.FileScore:
+        """Perplexity and bits per byte of a whole file of running text; see `scoring.score_file`."""
+        model, tokenizer = self._ready.writer, self.tokenizers.target
+        return scoring.score_file(model, self.config, tokenizer, Path(path), context=context)

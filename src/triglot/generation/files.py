@@ -1,15 +1,18 @@
-"""Translating files of any length: a chunk in memory at a time, order and empty lines kept."""
+"""Translating and scoring files of any length: a chunk in memory at a time, order and empty lines kept."""
 
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from triglot.data.corpus import read_lines
 from triglot.errors import DataError
-from triglot.generation.engine import Engine, Hypothesis
+from triglot.generation.engine import Engine
+from triglot.generation.results import Hypothesis
 
+T = TypeVar("T")
 CHUNK = 1024
 """Lines that are sorted by length and translated at a time."""
 
@@ -27,13 +30,41 @@ def _standard_input() -> Iterator[str]:
             raise DataError(f"standard input, line {number}: the text must be UTF-8.") from error
 
 
+def longer_than(lines: Iterable[str], number: int) -> tuple[bool, Iterator[str]]:
+    """Whether there are more lines than that, and all of them."""
+    lines = iter(lines)
+    first = list(itertools.islice(lines, number + 1))
+    return len(first) > number, itertools.chain(first, lines)
+
+
 def translate_lines(
-    engine: Engine, lines: Iterable[str], *, chunk: int | None = None, **options: Any
+    engine: Engine,
+    lines: Iterable[str],
+    *,
+    prefixes: Iterable[str] | None = None,
+    chunk: int | None = None,
+    **options: Any,
 ) -> Iterator[list[Hypothesis]]:
     """What `Engine.translate` returns for each line, as the lines come."""
-    lines, number = iter(lines), 1
-    while some := list(itertools.islice(lines, chunk or CHUNK)):
-        yield from engine.translate(some, first_line=number, **options)
+    number = 1
+    for some in _chunks(_beside(lines, prefixes, "prefixes"), chunk or CHUNK):
+        sources, begun = zip(*some, strict=True)
+        own = {} if prefixes is None else {"prefixes": begun}
+        yield from engine.translate(sources, first_line=number, **own, **options)
+        number += len(some)
+
+
+def score_lines(
+    engine: Engine, lines: Iterable[str], targets: Iterable[str] | None = None, **options: Any
+) -> Iterator[str]:
+    """Σ log p, number of tokens and text of each line, or of each target given its line, separated by tabs."""
+    number = 1
+    for some in _chunks(_beside(lines, targets, "targets"), CHUNK):
+        texts, others = zip(*some, strict=True)
+        scored = texts if targets is None else others
+        found = engine.score(texts, *([] if targets is None else [others]), first=number, **options)
+        for text, one in zip(scored, found, strict=True):
+            yield f"{one.log_prob:.4f}\t{len(one.tokens)}\t{text}\n"
         number += len(some)
 
 
@@ -43,3 +74,28 @@ def written(results: Iterable[list[Hypothesis]], *, nbest: int = 1) -> Iterator[
         for one in hypotheses:
             text = " ".join(one.text.splitlines())  # a model may write a line feed, but a line must stay a line
             yield f"{number}\t{one.score:.4f}\t{text}\n" if nbest > 1 else f"{text}\n"
+
+
+def as_json_lines(results: Iterable[list[Hypothesis]]) -> Iterator[str]:
+    """A JSON list of its hypotheses for each source line."""
+    for hypotheses in results:
+        told = [
+            one._asdict() | {"alignment": None if one.alignment is None else one.alignment._asdict()}
+            for one in hypotheses
+        ]
+        yield json.dumps(told, ensure_ascii=False) + "\n"
+
+
+def _chunks(items: Iterable[T], number: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while some := list(itertools.islice(items, number)):
+        yield some
+
+
+def _beside(lines: Iterable[str], others: Iterable[str] | None, name: str) -> Iterator[tuple[str, str]]:
+    """Each line with its other one, or with nothing."""
+    pairs = itertools.zip_longest(lines, others) if others is not None else ((line, "") for line in lines)
+    for number, (line, other) in enumerate(pairs, 1):
+        if line is None or other is None:
+            raise DataError(f"`{name}` must be as many as lines, but line {number} is in one of the files alone.")
+        yield line, other

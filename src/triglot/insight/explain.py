@@ -14,7 +14,9 @@ from torch import Tensor
 from triglot.checkpoint import find_checkpoint, load_model
 from triglot.errors import ConfigError, DataError, require
 from triglot.files import write_text
+from triglot.generation.alignment import best_layer, shifted, text_places
 from triglot.generation.engine import Engine
+from triglot.generation.scoring import prompt_ids
 from triglot.insight.page import Page, render
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.layers.moe import MixtureOfExperts, Routing
@@ -40,7 +42,7 @@ def explain(
     if isinstance(model, DecoderLLM):
         require(target is None, "target", "left out for a language model", target, ConfigError)
         require(tag is None, "tag", "left out for a language model", tag, ConfigError)
-        ids = Engine(model, config, tokenizers).prompt_ids([text])[0]
+        ids = prompt_ids(config, tokenizers.target, [text])[0]
         page = about_text(model, tokenizers.target, text, ids)
     else:
         if target is None:
@@ -201,15 +203,14 @@ def align(
 ) -> tuple[list[Page], Page | None]:
     """Which of the source each target token and word renders, in every layer (Shift-Att, Chen et al. 2020).
 
-    The heads' mean at the step where the token is the decoder's input, not where it is its output. What falls on the
-    begin and end tokens, the tag and padding is told apart, and the rest is scaled to sum to 1.
+    What falls on the begin and end tokens, the tag and padding is told apart, and the rest is scaled to sum to 1.
     """
-    text = [place for place, token in enumerate(source) if tokenizers.source.token_bytes(token)]
+    text = text_places(tokenizers.source, source)
     if not text or not produced:
         return [], None
     read = [source[place] for place in text]
     source_words, target_words = words_of(tokenizers.source, read), words_of(tokenizers.target, produced)
-    default = (len(cross_attention) - 1) // 2  # of six layers Chen et al. found the third to align best
+    default = best_layer(len(cross_attention))
     by_token, by_word, apart = [], [], []
     for layer in cross_attention:
         aligned, special = shifted(layer[0], text)
@@ -239,16 +240,6 @@ def align(
         share = round(apart[default][number].item(), 3)
         lines.append({"target": word, "source": columns[column], "weight": row[column] / SCALE, "apart": share})
     return maps, {"layer": default + 1, "lines": lines}
-
-
-def shifted(
-    attention: Float[Tensor, "heads target source"], text: Sequence[int]
-) -> tuple[Float[Tensor, "produced text"], Float[Tensor, " produced"]]:
-    """The alignment of every produced token with the source's tokens `text`, and what fell on all others."""
-    rows = attention.mean(0)[1:]  # row 0 reads the begin token, row i the i-th produced one
-    kept = rows[:, list(text)]
-    mass = kept.sum(1, keepdim=True)
-    return kept / mass.clamp(min=torch.finfo(mass.dtype).tiny), 1 - mass[:, 0]
 
 
 def merge(

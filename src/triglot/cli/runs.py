@@ -1,46 +1,15 @@
-"""The command line. Each command imports what it needs when it is called, so that `triglot --help` loads no torch."""
+"""Runs from the command line: made, measured, looked into, compared; and tokenizers by themselves."""
 
-import errno
 import json
-import os
-import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from triglot.errors import ConfigError, TriglotError, require
+from triglot.cli.base import Device, InPrecision, Precision, Run, Tag, Which, app, device_of
+from triglot.errors import ConfigError, require
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What the system says of a disk that takes no more."""
-
-
-class Commands(TyperGroup):
-    """Tells what a user can mend in one red line; everything else keeps its traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-        except BrokenPipeError as error:  # who reads our output has had enough: `triglot translate … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-            raise typer.Exit(141) from error
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            typer.secho(str(error), fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
-        except TriglotError as error:
-            typer.secho(" ".join(str(error).split()), fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
-
-
-app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 tokenizers_app = typer.Typer(no_args_is_help=True, help="Tokenizers by themselves.")
 app.add_typer(tokenizers_app, name="tokenizer")
 
@@ -53,52 +22,11 @@ class Kind(StrEnum):
     byte = "byte"
 
 
-class PastContext(StrEnum):
-    """What to do where a text outgrows the model's context."""
-
-    error = "error"
-    slide = "slide"
-
-
-class TooLong(StrEnum):
-    """What to do with a line that the model can not read whole."""
-
-    cut = "cut"
-    error = "error"
-
-
 class Split(StrEnum):
     """Parts of the data that a run can be measured on."""
 
     valid = "valid"
     test = "test"
-
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
-Which = Annotated[str, typer.Option("--checkpoint", help="best, last, or a number of steps.")]
-Tag = Annotated[
-    str | None,
-    typer.Option(metavar="TAG", help="The target tag, where pairs had a third column.", show_default=False),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; the GPU if there is one.", show_default=False)]
-
-
-def _version(wanted: bool) -> bool:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(version("triglot"))
-        raise typer.Exit
-    return wanted
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
-    ] = False,
-) -> None:
-    """Encoder–decoders, language models and mixtures of experts: train, use and explain them."""
 
 
 @app.command()
@@ -187,7 +115,7 @@ def train(
     keep_freed_memory()
     run = out or Path("runs") / path.stem
     evaluators = [score_translations] if config.train.keep_best != "loss" else []
-    where = _device(device)
+    where = device_of(device)
     result = train(config, run, resume=resume, evaluators=evaluators, reporter=Bar(), log=log, device=where)
     if this_rank() == 0:
         if (run / "metrics.jsonl").exists():  # a run stopped in its first steps has logged nothing
@@ -209,104 +137,28 @@ def find_recipe(recipe: str) -> Path:
 
 
 @app.command()
-def generate(
-    run: Run,
-    prompt: Annotated[str, typer.Option(help="The text to continue; empty: a new document.")] = "",
-    max_new_tokens: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many.", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest of so much.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
-    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
-    past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
-    which: Which = "best",
-    device: Device = None,
-) -> None:
-    """Continue a text, as it comes."""
-    from triglot.generation.engine import load
-
-    engine = load(run, which=which, device=_device(device))
-
-    def show(prompt: str, seed: int) -> None:
-        pieces = engine.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            past_context=past_context.value,
-        )
-        sys.stdout.write(prompt)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-
-    if not interactive or prompt:
-        show(prompt, seed)
-    while interactive:
-        seed += 1
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-        if not (line := sys.stdin.readline()):
-            break
-        try:
-            show(line.removesuffix("\n"), seed)
-        except TriglotError as error:  # a prompt that is too long is no reason to leave
-            typer.secho(str(error), fg=typer.colors.RED, err=True)
-
-
-@app.command()
-def translate(
-    run: Run,
-    file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Lines to translate, or standard input.")] = "-",
-    beam: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
-    nbest: Annotated[int, typer.Option(help="Above 1: line number, score and text of so many.")] = 1,
-    length_penalty: Annotated[float | None, typer.Option(help="α in score / n^α.", show_default=False)] = None,
-    tag: Tag = None,
-    too_long: Annotated[TooLong, typer.Option(help="Where a line is longer than the model reads.")] = TooLong.cut,
-    which: Which = "best",
-    device: Device = None,
-) -> None:
-    """Translate line by line, to standard output; empty lines stay empty, lines that were cut are told."""
-    from triglot.generation.engine import TextWasCut, load
-    from triglot.generation.files import lines_of, translate_lines, written
-
-    engine = load(run, which=which, device=_device(device))
-    results = translate_lines(
-        engine,
-        lines_of(None if file == "-" else Path(file)),
-        chunk=1 if file == "-" and sys.stdin.isatty() else None,
-        beam=beam,
-        nbest=nbest,
-        length_penalty=length_penalty,
-        tags=tag,
-        too_long=too_long.value,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", TextWasCut)
-        warnings.showwarning = lambda message, *_, **__: typer.secho(str(message), fg=typer.colors.YELLOW, err=True)
-        for line in written(results, nbest=nbest):
-            sys.stdout.write(line)
-            if sys.stdout.isatty():
-                sys.stdout.flush()
-
-
-@app.command()
 def evaluate(
     run: Run,
     split: Annotated[Split, typer.Option(help="What to measure on.")] = Split.valid,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
     root: Annotated[Path | None, typer.Option(help="Where the data lies, if it moved.", show_default=False)] = None,
     beam: Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)] = None,
+    precision: InPrecision = Precision.fp32,
     which: Which = "best",
     device: Device = None,
 ) -> None:
     """Measure a run: loss and bits per byte; BLEU, chrF and exact match of pairs."""
     from triglot.evaluation import evaluate
 
-    scores = evaluate(run, which=which, split=split.value, root=root, beam=beam, device=_device(device))
+    scores = evaluate(
+        run,
+        which=which,
+        split=split.value,
+        root=root,
+        beam=beam,
+        device=device_of(device),
+        precision=precision.value,
+    )
     if as_json:
         typer.echo(json.dumps(scores))
         return
@@ -366,19 +218,3 @@ def runs(
     found = compare(folders or [Path("runs")], sort=sort)
     if html is not None:
         typer.echo(write_page(found, html))
-
-
-def _device(wanted: str | None) -> str:
-    """A device that is there; the GPU if nothing is said and there is one."""
-    import torch
-
-    from triglot.distributed.team import local_device
-
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=local_device(torch.device(wanted)))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"`--device` must be one that is here, but is {wanted!r} instead ({reason}).") from error
-    return wanted

@@ -1,0 +1,332 @@
+"""Decoding beside peers: `python -m benchmarks.generation [--quick] [--json FILE] [--data DIR --run RUN]`.
+
+The same weights on all sides, the same rule of when to stop, decoding alone is timed (ids in, ids out). RUN is a run of
+the recipe multi30k-en-de-marian, whose sentences of test_2016 are translated; the decoder-only shapes have random
+weights. Every side takes the best of its settings (precision, workers and threads, batch), found in a first turn.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import exports, measure
+from benchmarks.measure import Row, Work
+from triglot.checkpoint import load_model
+from triglot.config import BlockOptions
+from triglot.data.corpus import read_lines
+from triglot.decoding.beam import BeamSearch
+from triglot.decoding.sampling import Sampler
+from triglot.decoding.search import Decoded, generate
+from triglot.generation.prepared import Prepared
+from triglot.generation.ready import banned_ids
+from triglot.generation.steps import search, start_texts
+from triglot.generation.workers import Search, Workers
+from triglot.models.decoder_only import DecoderLLM
+from triglot.training.allocator import keep_freed_memory
+
+BOS, EOS = exports.BOS, exports.EOS
+LIMIT = 100
+"""Tokens of a translation at most."""
+PROMPT, NEW = 32, 128
+
+# Translation
+
+
+def sources_of(run: Path, data: Path, number: int | None) -> list[list[int]]:
+    """The ids of test_2016's English sentences."""
+    _, _, tokenizers = load_model(run)
+    lines = list(read_lines(data / "multi30k" / "test_2016_flickr.en.gz"))[:number]
+    return tokenizers.encode_sources(lines, [None] * len(lines))
+
+
+def our_search(run: Path, precision: Any) -> Search:
+    """A worker's search."""
+    keep_freed_memory()
+    model, _, tokenizers = load_model(run)
+    prepared = Prepared(model, precision, banned_ids(tokenizers.target))
+
+    def find(sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
+        return search(prepared, sources, [limit] * len(sources), how, BOS)
+
+    return find
+
+
+def our_translations(run: Path, sources: list[list[int]], beam: int, precision: str, workers: int) -> Work:
+    """Tokens of the best hypotheses of all sources."""
+    how = BeamSearch(beam=beam, eos_id=EOS, patience=1.0)
+    if workers == 1:
+        find = our_search(run, precision)
+    else:
+        pool = Workers(partial(our_search, run, precision), workers)
+        find = pool.search
+    return lambda: sum(len(texts[0].ids) for texts in find(sources, how, LIMIT))
+
+
+def ctranslate2_translations(
+    run: Path, sources: list[list[int]], beam: int, precision: str, workers: int, threads: int, batch: int
+) -> Work:
+    """The same by CTranslate2; with patience above 1 it waits, as the others do, until `beam` texts have finished."""
+    import ctranslate2
+
+    folder = Path(tempfile.mkdtemp())
+    exports.to_ctranslate2(load_model(run).model, folder)
+    translator = ctranslate2.Translator(
+        str(folder), device="cpu", compute_type=precision, inter_threads=workers, intra_threads=threads
+    )
+    words = [[str(token) for token in ids] for ids in sources]
+
+    def work() -> int:
+        found = translator.translate_batch(
+            words,
+            beam_size=beam,
+            max_batch_size=batch,
+            patience=1.0001 if beam > 1 else 1,
+            length_penalty=1,
+            max_decoding_length=LIMIT,
+        )
+        return sum(len(one.hypotheses[0]) + 1 for one in found)
+
+    return work
+
+
+def transformers_translations(run: Path, sources: list[list[int]], beam: int, batch: int) -> Work:
+    """The same by transformers, sentences of like lengths together."""
+    model = exports.to_marian(load_model(run).model)  # type: ignore[arg-type]
+    rows = sorted(sources, key=len, reverse=True)
+
+    @torch.no_grad()
+    def work() -> int:
+        done = 0
+        for first in range(0, len(rows), batch):
+            some = [torch.tensor(ids) for ids in rows[first : first + batch]]
+            src = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=exports.PAD)
+            found = model.generate(
+                input_ids=src,
+                attention_mask=(src != exports.PAD).long(),
+                num_beams=beam,
+                early_stopping=beam > 1,
+                length_penalty=1.0,
+                max_new_tokens=LIMIT,
+                do_sample=False,
+            )
+            done += int((found[:, 1:] != exports.PAD).sum())
+        return done
+
+    return work
+
+
+def translation_settings(options: argparse.Namespace, beam: int) -> dict[str, dict[str, Callable[[], Work]]]:
+    """Everyone's settings."""
+    if options.run is None or options.data is None:
+        return {}
+    run, sources = options.run, partial(sources_of, options.run, options.data, 100 if options.quick else None)
+    ours = {
+        f"{precision}, {workers} × {2 // workers}": partial(_ours, run, sources, beam, precision, workers)
+        for precision in ("fp32", "int8")
+        for workers in (1, 2)
+    }
+    theirs = {
+        f"{precision}, {workers} × {threads}, batch {batch}": partial(
+            _theirs, run, sources, beam, precision, workers, threads, batch
+        )
+        for precision in ("float32", "int8")
+        for workers, threads in ((2, 1), (1, 2))
+        for batch in (16, 32, 64)
+    }
+    plain = {f"fp32, batch {batch}": partial(_transformers, run, sources, beam, batch) for batch in (32, 64)}
+    return {"triglot": ours, "transformers": plain, "CTranslate2": theirs}
+
+
+def _ours(run: Path, sources: Callable[[], list[list[int]]], beam: int, precision: str, workers: int) -> Work:
+    return our_translations(run, sources(), beam, precision, workers)
+
+
+def _theirs(run: Path, sources: Callable[[], list[list[int]]], *how: Any) -> Work:
+    return ctranslate2_translations(run, sources(), *how)
+
+
+def _transformers(run: Path, sources: Callable[[], list[list[int]]], beam: int, batch: int) -> Work:
+    return transformers_translations(run, sources(), beam, batch)
+
+
+# Decoder-only
+
+
+def gpt2_shape() -> DecoderLLM:
+    """GPT-2's 124 million parameters, at random."""
+    torch.manual_seed(1)
+    options = BlockOptions(
+        norm_order="pre", positions="learned", activation="gelu", tie_embeddings=True, scale_embeddings=False
+    )
+    return DecoderLLM(50257, 768, 12, 12, 3072, 1024, options=options).eval()
+
+
+def smollm2_shape() -> DecoderLLM:
+    """SmolLM2's 135 million parameters, at random."""
+    torch.manual_seed(1)
+    options = BlockOptions(
+        norm="rms",
+        norm_order="pre",
+        positions="rotary",
+        activation="swiglu",
+        num_kv_heads=3,
+        bias=False,
+        tie_embeddings=True,
+        scale_embeddings=False,
+    )
+    return DecoderLLM(49152, 576, 9, 30, 1536, 2048, options=options).eval()
+
+
+SHAPES = {"GPT-2 124M": gpt2_shape, "SmolLM2 135M": smollm2_shape}
+
+
+def prompts(rows: int) -> list[list[int]]:
+    """Random ones."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(3, 49152, (rows, PROMPT), generator=draw).tolist()
+
+
+def our_texts(shape: str, rows: int, precision: Any) -> Work:
+    """Greedy tokens after each prompt."""
+    keep_freed_memory()
+    prepared, sampler = Prepared(SHAPES[shape](), precision), Sampler(temperature=0.0)
+
+    def work() -> int:
+        first, steps = start_texts(prepared, prompts(rows), PROMPT + NEW)
+        return sum(len(text.ids) for text in generate(first, steps, sampler, NEW))
+
+    return work
+
+
+def ctranslate2_texts(shape: str, rows: int, precision: str) -> Work:
+    """The same by CTranslate2."""
+    import ctranslate2
+
+    folder = Path(tempfile.mkdtemp())
+    exports.to_ctranslate2(SHAPES[shape](), folder)
+    generator = ctranslate2.Generator(str(folder), device="cpu", compute_type=precision, intra_threads=2)
+    words = [[str(token) for token in ids] for ids in prompts(rows)]
+
+    def work() -> int:
+        found = generator.generate_batch(
+            words, max_length=NEW, min_length=NEW, sampling_topk=1, include_prompt_in_result=False
+        )
+        return sum(len(one.sequences[0]) for one in found)
+
+    return work
+
+
+def transformers_texts(shape: str, rows: int) -> Work:
+    """The same by transformers."""
+    model = (exports.to_gpt2 if shape.startswith("GPT-2") else exports.to_llama)(SHAPES[shape]())
+    ids = torch.tensor(prompts(rows))
+
+    @torch.no_grad()
+    def work() -> int:
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+        )
+        return found[:, PROMPT:].numel()
+
+    return work
+
+
+def text_settings(shape: str, rows: int) -> dict[str, dict[str, Callable[[], Work]]]:
+    """Everyone's settings."""
+    return {
+        "triglot": {one: partial(our_texts, shape, rows, one) for one in ("int8",)},
+        "transformers": {"fp32": partial(transformers_texts, shape, rows)},
+        "CTranslate2": {one: partial(ctranslate2_texts, shape, rows, one) for one in ("int8",)},
+    }
+
+
+# What is measured
+
+
+def settings(section: str, options: argparse.Namespace) -> dict[str, dict[str, Callable[[], Work]]]:
+    """Everyone's settings in a section, ours first."""
+    kind, _, rest = section.partition(": ")
+    if kind == "translation":
+        return translation_settings(options, int(rest.removeprefix("beam ")))
+    shape, _, rows = rest.partition(", batch ")
+    return text_settings(shape, int(rows))
+
+
+SECTIONS = ["translation: beam 5", "translation: beam 1"] + [
+    f"text: {shape}, batch {rows}" for shape in SHAPES for rows in (1, 8)
+]
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = measure.parser(__doc__)
+    data = os.environ.get("TRIGLOT_DATA")
+    known = "holds multi30k/ (default: TRIGLOT_DATA)"
+    parser.add_argument("--data", type=Path, default=Path(data) if data else None, metavar="DIR", help=known)
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run of the recipe multi30k-en-de-marian")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="sections whose names have one of these words")
+    parser.add_argument("--laptop", action="store_true", help="hold all sides to AVX2")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        section, name, setting = options.side
+        measure.serve(settings(section, options)[name][setting])
+        return
+    chosen = [one for one in SECTIONS if not options.only or any(word in one for word in options.only)]
+    measure.report([row for section in chosen for row in section_rows(section, options)], options.json)
+
+
+def section_rows(section: str, options: argparse.Namespace) -> list[Row]:
+    """Speeds of all sides in turns, each with the setting that was the fastest in a first turn."""
+    passed = [
+        part for name in ("run", "data") if (value := getattr(options, name)) for part in (f"--{name}", str(value))
+    ]
+    passed += ["--quick"] * options.quick
+    environment = measure.LAPTOP | {"CT2_FORCE_CPU_ISA": "AVX2"} if options.laptop else None
+
+    def side(name: str, setting: str) -> measure.Side:
+        return measure.Side("benchmarks.generation", ["--side", section, name, setting, *passed], environment)
+
+    rounds, seconds = (1, 0.5) if options.quick else (5, 5.0)
+    sides = {f"{name}, {best}": side(name, best) for name, best in bests(section, options, side).items()}
+    found = measure.rates(sides, rounds, seconds)
+    for one in sides.values():
+        one.end()
+    title = f"{section}, AVX2" if options.laptop else section
+    ours = next((name for name in found if name.startswith("triglot")), None)
+    return measure.rows(title, found, ours, "tokens/s") if ours else []
+
+
+def bests(section: str, options: argparse.Namespace, side: Callable[[str, str], measure.Side]) -> dict[str, str]:
+    """The setting of each side that a first turn of each finds fastest."""
+    chosen = {}
+    for name, known in settings(section, options).items():
+        if len(known) == 1:
+            chosen[name] = next(iter(known))
+            continue
+        speeds = {setting: first_speed(side(name, setting)) for setting in known}
+        for setting, speed in speeds.items():
+            print(f"{section}: {name}, {setting}: {speed:,.0f} tokens/s", flush=True)
+        chosen[name] = max(speeds, key=lambda setting: speeds[setting])
+    return chosen
+
+
+def first_speed(side: measure.Side) -> float:
+    """The better of two turns."""
+    answers = [side.ask(1.0) for _ in range(2)]
+    side.end()
+    return max(answer["done"] / answer["seconds"] for answer in answers)
+
+
+if __name__ == "__main__":
+    main()

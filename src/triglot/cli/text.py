@@ -1,0 +1,305 @@
+"""Text from the command line: continued, translated, scored."""
+
+import json
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from triglot.cli.base import Device, InPrecision, Precision, Run, Tag, TooLong, Which, app, device_of
+from triglot.errors import ConfigError, DataError, TriglotError, require
+
+
+class PastContext(StrEnum):
+    """What to do where a text outgrows the model's context."""
+
+    error = "error"
+    slide = "slide"
+
+
+class PastWindow(StrEnum):
+    """What to do with a text to be scored that is longer than the context."""
+
+    error = "error"
+    windows = "windows"
+
+
+class Lengths(StrEnum):
+    """What a translation's log p is divided by."""
+
+    power = "power"
+    gnmt = "gnmt"
+
+
+Ban = Annotated[
+    list[str] | None, typer.Option(metavar="WORD", help="A word that never comes; repeatable.", show_default=False)
+]
+Least = Annotated[int, typer.Option(help="No end token before so many.")]
+NoRepeat = Annotated[int | None, typer.Option(help="So many tokens in a row come once.", show_default=False)]
+Longest = Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)]
+Beam = Annotated[int | None, typer.Option(help="As the run says by default.", show_default=False)]
+Alpha = Annotated[float | None, typer.Option(help="α in score / n^α.", show_default=False)]
+By = Annotated[Lengths, typer.Option(help="n^α, or GNMT's ((5 + n) / 6)^α.")]
+Patience = Annotated[
+    float | None,
+    typer.Option(help="End when so many times `beam` texts have; inf: none can be better.", show_default=False),
+]
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="The text to continue; empty: a new document.")] = "",
+    max_new_tokens: Longest = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many.", show_default=False)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest of so much.", show_default=False)] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from those of so much of the best one's.", show_default=False)
+    ] = None,
+    typical_p: Annotated[
+        float | None, typer.Option(help="Draw from the most typical of so much.", show_default=False)
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less, the prompt too.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logits of what came.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Off for each time that it came.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=NUMBER", help="On an id's logit; repeatable.", show_default=False)
+    ] = None,
+    ban: Ban = None,
+    min_new_tokens: Least = 0,
+    no_repeat_ngram: NoRepeat = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before it; repeatable.", show_default=False)
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON that is valid under it.", show_default=False)
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Text that matches it.", show_default=False)] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text that follows it (Lark).", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="So many texts, as JSON.")] = 1,
+    top_logprobs: Annotated[int, typer.Option(help="So many alternatives of each token, as JSON.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text, when it is whole.")] = False,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
+    past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
+    precision: InPrecision = Precision.fp32,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """Continue a text, as it comes."""
+    from triglot.generation.engine import load
+
+    require(as_json or n == 1, "--n", "left out without --json", n, ConfigError)
+    require(as_json or top_logprobs == 0, "--top-logprobs", "left out without --json", top_logprobs, ConfigError)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(map(_bias, logit_bias or [])),
+        "banned_words": ban or [],
+        "min_new_tokens": min_new_tokens,
+        "no_repeat_ngram": no_repeat_ngram,
+        "stop": stop or [],
+        "json_schema": json_schema and _read(json_schema),
+        "regex": regex,
+        "grammar": grammar and _read(grammar),
+        "past_context": past_context.value,
+    }
+    engine = load(run, which=which, device=device_of(device), precision=precision.value)
+
+    def show(prompt: str, seed: int) -> None:
+        if as_json:
+            for one in engine.generate([prompt], seed=seed, n=n, top_logprobs=top_logprobs, **options):
+                told = {"prompt": prompt, **one._asdict(), "log_prob": one.log_prob}
+                sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
+            return
+        pieces = engine.stream(prompt, seed=seed, **options)
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+    if not interactive or prompt:
+        show(prompt, seed)
+    while interactive:
+        seed += 1
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        if not (line := sys.stdin.readline()):
+            break
+        try:
+            show(line.removesuffix("\n"), seed)
+        except TriglotError as error:  # a prompt that is too long is no reason to leave
+            typer.secho(str(error), fg=typer.colors.RED, err=True)
+
+
+@app.command()
+def translate(
+    run: Run,
+    file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Lines to translate, or standard input.")] = "-",
+    beam: Beam = None,
+    nbest: Annotated[int, typer.Option(help="Above 1: line number, score and text of so many.")] = 1,
+    length_penalty: Alpha = None,
+    lengths: By = Lengths.power,
+    patience: Patience = None,
+    max_new_tokens: Longest = None,
+    min_new_tokens: Least = 0,
+    no_repeat_ngram: NoRepeat = None,
+    ban: Ban = None,
+    prefixes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="How translations begin, line by line.", show_default=False)
+    ] = None,
+    alignments: Annotated[bool, typer.Option("--alignments", help="With --json: token by token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of hypotheses for each line.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; for long inputs a core each by default.", show_default=False)
+    ] = None,
+    tag: Tag = None,
+    too_long: Annotated[TooLong, typer.Option(help="Where a line is longer than the model reads.")] = TooLong.cut,
+    precision: InPrecision = Precision.fp32,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """Translate line by line, to standard output; empty lines stay empty, lines that were cut are told."""
+    from triglot.generation.engine import load
+    from triglot.generation.files import CHUNK, as_json_lines, lines_of, longer_than, translate_lines, written
+    from triglot.generation.sentences import TextWasCut
+
+    require(as_json or not alignments, "--alignments", "left out without --json", True, ConfigError)
+    lines, where = lines_of(None if file == "-" else Path(file)), device_of(device)
+    asked = file == "-" and sys.stdin.isatty()
+    if workers is None:
+        workers = 1
+        if where == "cpu" and not asked:
+            is_long, lines = longer_than(lines, CHUNK)
+            workers = _cores() if is_long else 1
+    engine = load(run, which=which, device=where, precision=precision.value, workers=workers)
+    results = translate_lines(
+        engine,
+        lines,
+        prefixes=None if prefixes is None else lines_of(prefixes),
+        chunk=1 if asked else CHUNK * workers,
+        beam=beam,
+        nbest=nbest,
+        length_penalty=length_penalty,
+        lengths=lengths.value,
+        patience=patience,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        no_repeat_ngram=no_repeat_ngram,
+        banned_words=ban or [],
+        alignments=alignments,
+        tags=tag,
+        too_long=too_long.value,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TextWasCut)
+        warnings.showwarning = lambda message, *_, **__: typer.secho(str(message), fg=typer.colors.YELLOW, err=True)
+        for line in as_json_lines(results) if as_json else written(results, nbest=nbest):
+            sys.stdout.write(line)
+            if sys.stdout.isatty():
+                sys.stdout.flush()
+    engine.close()
+
+
+@app.command()
+def alternatives(
+    run: Run,
+    text: Annotated[str, typer.Option(help="The line to translate.", show_default=False)],
+    prefix: Annotated[str, typer.Option(help="How its translation begins.")] = "",
+    count: Annotated[int, typer.Option(help="So many alternatives.")] = 5,
+    beam: Beam = None,
+    length_penalty: Alpha = None,
+    max_new_tokens: Longest = None,
+    tag: Tag = None,
+    precision: InPrecision = Precision.fp32,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """The likeliest tokens at a place of a translation: log p, token, and the best translation that goes on so."""
+    from triglot.generation.engine import load
+
+    engine = load(run, which=which, device=device_of(device), precision=precision.value)
+    options = {"beam": beam, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
+    for one in engine.alternatives(text, prefix, count, tag=tag, **options):
+        typer.echo(f"{one.log_prob:.4f}\t{one.piece}\t{' '.join(one.best.text.splitlines())}")
+
+
+@app.command()
+def score(
+    run: Run,
+    file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Texts or sources, line by line.")] = "-",
+    targets: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What the sources become, line by line.", show_default=False)
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="FILE as one text: perplexity, bits per byte.")] = False,
+    context: Annotated[
+        int | None, typer.Option(help="Of --whole; the training's by default.", show_default=False)
+    ] = None,
+    tag: Tag = None,
+    too_long: Annotated[TooLong, typer.Option(help="Where a pair's side is too long.")] = TooLong.error,
+    past_context: Annotated[PastWindow, typer.Option(help="Where a text is too long.")] = PastWindow.error,
+    which: Which = "best",
+    device: Device = None,
+) -> None:
+    """How probable texts or translations are: Σ log p, number of tokens and text, line by line."""
+    from triglot.generation.engine import load
+    from triglot.generation.files import lines_of, score_lines
+
+    engine = load(run, which=which, device=device_of(device))
+    if whole:
+        require(file != "-" and targets is None, "--whole", "with a file of running text alone", file, ConfigError)
+        found = engine.score_file(file, context=context)
+        told = {
+            "perplexity": f"{found.perplexity:.4f}",
+            "bits_per_byte": f"{found.bits_per_byte:.4f}",
+            "nats": f"{found.nats:.4f}",
+            "tokens": found.tokens,
+            "bytes": found.bytes,
+        }
+        for name, value in told.items():
+            typer.echo(f"{name:13}  {value}")
+        return
+    pairs = engine.config.model.kind == "encoder_decoder"
+    rule = "a file of translations, since the run translates" if pairs else "left out, since the run goes on from texts"
+    require((targets is not None) == pairs, "--targets", rule, targets and str(targets), ConfigError)
+    options: dict[str, Any] = {"past_context": past_context.value}
+    if pairs:
+        options = {"tags": tag, "too_long": too_long.value}
+    lines = lines_of(None if file == "-" else Path(file))
+    for line in score_lines(engine, lines, None if targets is None else lines_of(targets), **options):
+        sys.stdout.write(line)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _bias(given: str) -> tuple[int, float]:
+    token, _, number = given.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError as error:
+        raise ConfigError(f"`--logit-bias` must be of the form ID=NUMBER, but is {given!r} instead.") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,92 @@
+"""Keys and values of what was read, allocated ahead and written in place, each row at its own end."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from triglot.layers.attend import FORBIDDEN
+
+LENGTH = 16
+"""Keys are read in multiples of this."""
+WIDTH = 32
+"""Narrower heads are filled up with zeros to this: products of narrow ones have other bits in other company."""
+
+Heads = Float[Tensor, "tokens_and_heads width"]
+
+
+def round_up(number: int, to: int) -> int:
+    """The first multiple of `to` that is not below `number`."""
+    return -(-number // to) * to
+
+
+class Place(NamedTuple):
+    """Where the tokens of a step stand, as many of each row."""
+
+    positions: Int[Tensor, "rows new"]
+    length: int
+    """Keys that are read of each row, those of this step included."""
+    at: Int[Tensor, " tokens_and_heads"]
+    """Where the step's keys and values are written."""
+    bias: Float[Tensor, "rows 1 new length"]
+    """What hides the keys past each token: they weigh exactly nothing."""
+
+
+class Held:
+    """Keys and values [2, layers, rows, kv_heads, capacity, width]; there is always room for more."""
+
+    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, most: int, queries: int = 1) -> None:
+        self.most, self.queries = round_up(most, LENGTH), queries
+        self.hold(torch.zeros(2, layers, rows, kv_heads, LENGTH, max(head_dim, WIDTH)))
+
+    def hold(self, both: Float[Tensor, "2 layers rows kv_heads capacity width"]) -> None:
+        """Hold these instead."""
+        self.both = both
+        self.layers = list(zip(*both.flatten(2, 3).unbind(), strict=True))
+        """Keys and values of each layer, [rows · kv_heads, capacity, width]."""
+
+    @property
+    def rows(self) -> int:
+        """Rows, in use or not."""
+        return self.both.size(2)
+
+    def make_room(self, length: int) -> None:
+        """Have room for rows of `length`."""
+        capacity = self.both.size(4)
+        if length > capacity:  # tight, since what is not read still parts what is
+            longer = min(round_up(max(length, capacity * 5 // 4), LENGTH), max(self.most, round_up(length, LENGTH)))
+            both = self.both.new_zeros(*self.both.shape[:4], longer, self.both.size(5))
+            both[:, :, :, :, :capacity] = self.both
+            self.hold(both)
+
+    def place(self, positions: Int[Tensor, "rows new"]) -> Place:
+        """Where a step's tokens stand, after room has been made for them."""
+        length = round_up(int(positions.max()) + 1, LENGTH)
+        self.make_room(length)
+        rows, kv_heads, capacity = self.both.shape[2:5]
+        if length > capacity // 2:  # memory is read faster in one piece than in parts with gaps between them
+            length = capacity
+        starts = torch.arange(0, rows * kv_heads * capacity, capacity).view(rows, 1, kv_heads)
+        bias = (torch.arange(length) > positions[..., None]) * FORBIDDEN
+        return Place(positions, length, (starts + positions[..., None]).flatten(), bias[:, None])
+
+    def write(self, layer: int, place: Place, keys: Heads, values: Heads) -> None:
+        """Write what a step's tokens give."""
+        for part, new in zip(self.layers[layer], (keys, values), strict=True):
+            part.view(-1, part.size(2)).index_copy_(0, place.at, new)
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` keys and values of a layer, each [rows · kv_heads, length, width]."""
+        keys, values = self.layers[layer]
+        return keys[:, :length], values[:, :length]
+
+    def keep(self, rows: Int[Tensor, " kept"], least: int) -> None:
+        """Keep these rows, in this order, some of them perhaps twice, and no fewer rows than `least`."""
+        if len(rows) < least:
+            rows = torch.cat([rows, rows.new_zeros(least - len(rows))])
+        self.hold(self.both.index_select(2, rows))
+
+    def copy(self, to: int, from_: int, length: int) -> None:
+        """Have row `to` hold the first `length` tokens of row `from_`."""
+        self.both[:, :, to, :, :length] = self.both[:, :, from_, :, :length]

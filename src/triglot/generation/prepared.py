@@ -1,0 +1,350 @@
+"""A model made ready to decode on a processor: projections side by side and packed, keys and values in place.
+
+It computes what the model computes (`models/stack.py`), in fewer and larger operations over rows of tokens, and gives
+a row the same bits in any company: products never see fewer rows than it takes for that, and keys past a row's own
+end weigh exactly nothing and are so many that no sum is taken in another order.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from triglot.blocks import Block
+from triglot.errors import require
+from triglot.generation.held import WIDTH, Held, Place, round_up
+from triglot.layers.attend import FORBIDDEN
+from triglot.layers.attention import MultiHeadAttention
+from triglot.layers.feed_forward import Activation, PointwiseFeedForward, activate
+from triglot.layers.moe import MixtureOfExperts, choose
+from triglot.layers.norm import Residual
+from triglot.layers.packed import Packed, Packer, Precision, pack
+from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
+from triglot.models.stack import Stack
+
+Hidden = Float[Tensor, "rows d_model"]
+Turn = tuple[Tensor, Tensor]
+"""Cosine and sine [rows, 1, head_dim] of each row's position, the first half of the sines with its sign changed."""
+QUERIES = 4
+"""From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
+VOCABULARY = 128
+"""The vocabulary is filled up to a multiple of this, by tokens that never come."""
+
+
+class Memory(NamedTuple):
+    """What a decoder attends to besides its own text."""
+
+    keys: Float[Tensor, "layers sentences kv_heads length width"]
+    values: Float[Tensor, "layers sentences kv_heads length width"]
+    bias: Float[Tensor, "sentences 1 1 length"]
+    """What hides padding."""
+    hypotheses: int
+    """Rows of each sentence, one behind another."""
+
+
+class Whole(NamedTuple):
+    """Rows that are texts of one length, one token behind another."""
+
+    texts: int
+    length: int
+    bias: Float[Tensor, "#texts 1 #length length"]
+
+
+def attend(
+    query: Float[Tensor, "rows_and_heads queries width"],
+    keys: Float[Tensor, "rows_and_heads length width"],
+    values: Float[Tensor, "rows_and_heads length width"],
+    bias: Float[Tensor, "#rows 1 #queries length"],
+) -> Float[Tensor, "rows_and_heads queries width"]:
+    """softmax(Q Kᵀ + bias) V, queries scaled already."""
+    scores = torch.bmm(query, keys.mT)
+    scores.view(-1, len(query) // len(bias) if len(bias) > 1 else 1, *scores.shape[1:]).add_(bias)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+def fill_up(x: Float[Tensor, "*lead narrow"]) -> Float[Tensor, "*lead width"]:
+    """Heads of at least WIDTH numbers."""
+    return F.pad(x, (0, WIDTH - x.size(-1))) if x.size(-1) < WIDTH else x
+
+
+def at_least(x: Hidden, rows: int) -> Float[Tensor, "filled d_model"]:
+    """The rows and as many zeros as are missing."""
+    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def turned(heads: Float[Tensor, "rows heads head_dim"], turn: Turn) -> Float[Tensor, "rows heads head_dim"]:
+    """`layers.positions.rotate` for one token a row."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.addcmul(heads * turn[0], torch.cat([second, first], dim=-1), turn[1])
+
+
+def turn_table(rotary: RotaryPositions) -> Turn:
+    """What turns a head at each position."""
+    sign = torch.ones(rotary.sin.size(1))
+    sign[: len(sign) // 2] = -1
+    return rotary.cos[:, None], (rotary.sin * sign)[:, None]
+
+
+class PreparedAttention:
+    """Self-attention: queries, keys and values by one product."""
+
+    def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
+        self.heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        parts = [attention.query, attention.key, attention.value]
+        self.inner = packer.beside(parts, scale=self.head_dim**-0.5)
+        self.outer = packer.beside([attention.output])
+
+    def project(self, x: Hidden, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [rows, heads, width]."""
+        heads = self.inner(x).view(len(x), -1, self.head_dim)
+        both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        if turn is not None:
+            both = turned(both, turn)
+        query, key = both.split([self.heads, self.kv_heads], 1)
+        return fill_up(query), fill_up(key), fill_up(value)
+
+    def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None) -> Hidden:
+        """Rows are the next tokens of texts, as many of each text, behind one another."""
+        query, key, value = self.project(x, turn)
+        held.write(layer, place, key.reshape(-1, key.size(2)), value.reshape(-1, value.size(2)))
+        (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
+        query = query.reshape(texts, new, self.kv_heads, groups, -1).transpose(1, 2)
+        query = query.reshape(texts * self.kv_heads, new * groups, -1)
+        bias = place.bias if new == 1 or groups == 1 else place.bias.repeat_interleave(groups, 2)
+        if (missing := held.queries - new * groups) > 0:
+            query = F.pad(query, (0, 0, 0, missing))
+            bias = bias if new == 1 else F.pad(bias, (0, 0, 0, missing))
+        mixed = attend(query, *held.read(layer, place.length), bias)[:, : new * groups, : self.head_dim]
+        mixed = mixed.reshape(texts, self.kv_heads, new, groups, self.head_dim).transpose(1, 2)
+        return self.outer(mixed.reshape(len(x), -1))
+
+    def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
+        """Rows are whole texts, whose keys and values go to `held` [2, texts, kv_heads, length, width]."""
+        texts, length = whole.texts, whole.length
+        query, key, value = (
+            part.view(texts, length, self.kv_heads, -1, part.size(2)).permute(0, 2, 3, 1, 4)
+            for part in self.project(x, turn)
+        )  # [texts, kv_heads, group, length, width]
+        key, value = key[:, :, 0], value[:, :, 0]
+        if held is not None:
+            held[0], held[1] = key, value
+        groups = query.size(2)
+        bias = whole.bias if whole.bias.size(2) == 1 else whole.bias.repeat(1, 1, groups, 1)
+        flat = [part.reshape(texts * self.kv_heads, -1, part.size(-1)) for part in (query, key, value)]
+        mixed = attend(flat[0], flat[1], flat[2], bias)[..., : self.head_dim]
+        mixed = mixed.view(texts, self.kv_heads, groups, length, -1).permute(0, 3, 1, 2, 4)
+        return self.outer(mixed.reshape(len(x), -1))
+
+
+class PreparedMemory:
+    """Attention over a memory whose keys and values are the same for all hypotheses of a sentence."""
+
+    def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
+        self.kv_heads, self.head_dim = attention.num_kv_heads, attention.head_dim
+        self.both = packer.beside([attention.key, attention.value])
+        self.query = packer.beside([attention.query], scale=self.head_dim**-0.5)
+        self.outer = packer.beside([attention.output])
+
+    def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length width"]:
+        """The keys and values of sentences of one length."""
+        both = self.both(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
+        return fill_up(both.permute(2, 0, 3, 1, 4))
+
+    def step(self, x: Hidden, memory: Memory, layer: int) -> Hidden:
+        """Each row is a hypothesis."""
+        keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
+        sentences, hypotheses = memory.keys.size(1), memory.hypotheses
+        rows = sentences * hypotheses
+        query = fill_up(self.query(x)[:rows].view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
+        query = query.transpose(1, 2).reshape(sentences * self.kv_heads, -1, query.size(-1))
+        mixed = attend(query, keys, values, memory.bias)[..., : self.head_dim]
+        mixed = mixed.view(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
+        return self.outer(at_least(mixed.reshape(rows, -1), len(x)))
+
+
+class PreparedFeedForward:
+    """Two products with an activation between them."""
+
+    def __init__(self, inner: Packed, outer: Packed, activation: Activation) -> None:
+        self.inner, self.outer, self.activation = inner, outer, activation
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return self.outer(activate(self.inner(x), self.activation))
+
+
+class PreparedExperts:
+    """The experts that some row has chosen, one after another."""
+
+    def __init__(self, moe: MixtureOfExperts, packer: Packer) -> None:
+        self.k, self.router = moe.k, moe.router
+        none = [None] * moe.num_experts
+        inner_bias = none if moe.inner_bias is None else moe.inner_bias.detach()
+        outer_bias = none if moe.outer_bias is None else moe.outer_bias.detach()
+        self.experts = [
+            PreparedFeedForward(
+                packer(moe.inner[one].detach(), inner_bias[one]),
+                packer(moe.outer[one].detach(), outer_bias[one]),
+                moe.activation,
+            )
+            for one in range(moe.num_experts)
+        ]
+        self.least_rows = packer.least_rows
+
+    def __call__(self, x: Hidden) -> Hidden:
+        logits = (x[:, None] * self.router.weight).sum(-1)  # few columns: as a product, its bits would have company
+        choice = choose(logits if self.router.bias is None else logits + self.router.bias, self.k)
+        output = torch.zeros_like(x)
+        for number in choice.experts.unique().tolist():
+            row, rank = (choice.experts == number).nonzero(as_tuple=True)
+            expert = self.experts[number]
+            found = expert(at_least(x[row], self.least_rows))[: len(row)]
+            output[row] += choice.weights[row, rank, None] * found
+        return output
+
+
+Sublayer = Callable[[Hidden], Hidden]
+
+
+def around(residual: Residual) -> Callable[[Hidden, Sublayer], Hidden]:
+    """A residual connection and its norm."""
+    norm = norm_of(residual.norm)
+    if residual.pre:
+        return lambda x, sublayer: x + sublayer(norm(x))
+    return lambda x, sublayer: norm(sublayer(x).add_(x))
+
+
+def norm_of(module: nn.Module) -> Sublayer:
+    """What a norm does to rows."""
+    match module:
+        case nn.LayerNorm():
+            return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+        case nn.RMSNorm():
+            return lambda x: F.rms_norm(x, module.normalized_shape, module.weight, module.eps)
+        case _:
+            return lambda x: x
+
+
+class PreparedBlock:
+    """A block: self-attention, attention over a memory if there is one, a feed-forward."""
+
+    def __init__(self, block: Block, packer: Packer) -> None:
+        self.self_attention = PreparedAttention(block.self_attention, packer)
+        self.around_self_attention = around(block.around_self_attention)
+        self.memory = None
+        if hasattr(block, "cross_attention"):
+            self.memory = PreparedMemory(block.cross_attention, packer)
+            self.around_memory = around(block.around_cross_attention)
+        self.around_feed_forward = around(block.around_feed_forward)
+        self.feed_forward: PreparedFeedForward | PreparedExperts
+        if isinstance(feed := block.feed_forward, PointwiseFeedForward):
+            inner, outer = (packer.beside([part]) for part in (feed.inner, feed.outer))
+            self.feed_forward = PreparedFeedForward(inner, outer, feed.activation)
+        else:
+            self.feed_forward = PreparedExperts(feed, packer)
+
+    def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None, memory: Memory | None) -> Hidden:
+        """Each row is the next token of a text of its own."""
+        x = self.around_self_attention(x, lambda h: self.self_attention.step(h, held, layer, place, turn))
+        if (attention := self.memory) is not None:
+            assert memory is not None
+            x = self.around_memory(x, lambda h: attention.step(h, memory, layer))
+        return self.around_feed_forward(x, self.feed_forward)
+
+    def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
+        """Rows are whole texts."""
+        x = self.around_self_attention(x, lambda h: self.self_attention.whole(h, whole, turn, held))
+        return self.around_feed_forward(x, self.feed_forward)
+
+
+class PreparedStack:
+    """An encoder, a decoder, or a decoder-only model without its projection."""
+
+    def __init__(self, stack: Stack, packer: Packer) -> None:
+        self.stack, self.embedding = stack, stack.embedding
+        self.blocks = [PreparedBlock(layer, packer) for layer in stack.layers]  # type: ignore[arg-type]
+        self.final_norm = norm_of(stack.final_norm)
+        self.turns = None if stack.embedding.rotary is None else turn_table(stack.embedding.rotary)
+
+    def embed(self, tokens: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> tuple[Hidden, Turn | None]:
+        """Vectors of tokens at their positions."""
+        x = self.embedding.tokens.weight.index_select(0, tokens) * self.embedding.scale
+        match self.embedding.added:
+            case PositionalEncoding() as added:
+                x += added.table.index_select(0, positions)
+            case LearnedPositions() as added:
+                x += added.embedding.weight.index_select(0, positions)
+        if self.turns is None:
+            return x, None
+        return x, (self.turns[0].index_select(0, positions), self.turns[1].index_select(0, positions))
+
+    def step(
+        self,
+        tokens: Int[Tensor, "rows new"],
+        positions: Int[Tensor, "rows new"],
+        held: Held,
+        memory: Memory | None = None,
+    ) -> Float[Tensor, "tokens d_model"]:
+        """What stands before the projection once each row has read its next tokens, at their positions."""
+        place = held.place(positions)
+        x, turn = self.embed(tokens.flatten(), positions.flatten().clamp(max=self.stack.max_seq_length - 1))
+        for number, block in enumerate(self.blocks):
+            x = block.step(x, held, number, place, turn, memory)
+        return self.final_norm(x)
+
+    def whole(self, tokens: Int[Tensor, "texts length"], bias: Tensor, held: Tensor | None = None) -> Hidden:
+        """Read whole texts; their keys and values go to `held` [2, layers, texts, kv_heads, length, width]."""
+        texts, length = tokens.shape
+        last = self.stack.max_seq_length - 1  # a text is filled up beyond what the model reads
+        x, turn = self.embed(tokens.flatten(), torch.arange(length).clamp(max=last).repeat(texts))
+        whole = Whole(texts, length, bias)
+        for number, block in enumerate(self.blocks):
+            x = block.whole(x, whole, turn, None if held is None else held[:, number])
+        return self.final_norm(x)
+
+
+class Prepared:
+    """A model ready to decode: its stacks and the projection to the vocabulary, where `banned` tokens get −∞."""
+
+    def __init__(
+        self, model: Transformer | DecoderLLM, precision: Precision = "fp32", banned: Sequence[int] = ()
+    ) -> None:
+        packer = Packer(precision)
+        self.encoder = PreparedStack(model.encoder, packer) if isinstance(model, Transformer) else None
+        self.decoder = PreparedStack(model.decoder if isinstance(model, Transformer) else model, packer)
+        projection = model.projection
+        self.vocab = projection.out_features
+        weight = F.pad(projection.weight.detach().float(), (0, 0, 0, round_up(self.vocab, VOCABULARY) - self.vocab))
+        bias = torch.full((len(weight),), -math.inf)
+        bias[: self.vocab] = 0 if projection.bias is None else projection.bias.detach()
+        bias[list(banned)] = -math.inf
+        self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
+        self.least_rows, self.num_bytes = packer.least_rows, packer.num_bytes + self.head.num_bytes
+
+    def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
+        """What follows `hidden`."""
+        return self.head(at_least(hidden, self.head.least_rows))[: len(hidden)]
+
+    def hold(self, rows: int, most: int) -> Held:
+        """Room for `rows` texts of at most `most` tokens."""
+        stack = self.decoder.stack
+        require(most <= stack.max_seq_length, "length", f"at most {stack.length_name} ({stack.max_seq_length})", most)
+        queries = QUERIES if self.encoder is None else 1
+        return Held(len(stack.layers), max(rows, self.least_rows), stack.num_kv_heads, stack.head_dim, most, queries)
+
+    def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [2, layers, sources, kv_heads, length, width] of sources, and the bias that hides padding."""
+        assert self.encoder is not None
+        tokens = torch.zeros(len(sources), length, dtype=torch.long)
+        for row, ids in enumerate(sources):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        ends = torch.tensor([len(ids) for ids in sources])
+        bias = ((torch.arange(length) >= ends[:, None]) * FORBIDDEN)[:, None, None]
+        memory = self.encoder.whole(tokens, bias)
+        read = [block.memory.read(memory, len(sources)) for block in self.decoder.blocks if block.memory is not None]
+        return torch.stack(read, 1), bias

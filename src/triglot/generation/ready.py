@@ -1,0 +1,94 @@
+"""A run's model, its config and tokenizers, ready to decode."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from triglot.config import RunConfig
+from triglot.errors import ConfigError, require
+from triglot.generation.prepared import Prepared
+from triglot.layers.packed import Precision
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
+from triglot.objective import Model
+from triglot.tokenizer import Tokenizer, Tokenizers
+
+BATCH_TOKENS = 16_384
+"""Positions, of all texts and beams, whose keys and values are held at a time."""
+
+
+class Ready:
+    """A model in evaluation mode; on a processor it is prepared when it is first asked for.
+
+    Its weights must not change then. Other devices and types decode with the model as it is.
+    """
+
+    def __init__(self, model: Model, config: RunConfig, tokenizers: Tokenizers, precision: Precision = "fp32") -> None:
+        known = ", ".join(get_args(Precision))
+        require(precision in get_args(Precision), "precision", f"one of {known}", precision, ConfigError)
+        self.model, self.config, self.tokenizers, self.precision = model, config, tokenizers, precision
+        weight = model.projection.weight
+        self._can_be_prepared = weight.device.type == "cpu" and weight.dtype == torch.float32
+        rule = "fp32 unless the model is on a processor, in fp32"
+        require(self._can_be_prepared or precision == "fp32", "precision", rule, precision, ConfigError)
+
+    @cached_property
+    def prepared(self) -> Prepared | None:
+        """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
+        if not self._can_be_prepared:
+            return None
+        return Prepared(self.model, self.precision, banned_ids(self.tokenizers.target))
+
+    @property
+    def banned(self) -> Sequence[int]:
+        """What a search has to ban itself."""
+        return () if self._can_be_prepared else banned_ids(self.tokenizers.target)
+
+    @property
+    def translator(self) -> Transformer:
+        """The model, if it is an encoder–decoder."""
+        rule, kind = "one that translates; use `generate`", self.config.model.kind
+        require(isinstance(self.model, Transformer), "the model of the run", rule, kind, ConfigError)
+        assert isinstance(self.model, Transformer)
+        return self.model
+
+    @property
+    def writer(self) -> DecoderLLM:
+        """The model, if it is decoder-only."""
+        rule, kind = "one that continues texts; use `translate`", self.config.model.kind
+        require(isinstance(self.model, DecoderLLM), "the model of the run", rule, kind, ConfigError)
+        assert isinstance(self.model, DecoderLLM)
+        return self.model
+
+
+def banned_ids(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that stand for no text and no end."""
+    tags = [tokenizer.tag_id(tag) for tag in tokenizer.tags]
+    return [Tokenizer.pad_id, Tokenizer.bos_id, *tags]
+
+
+def refuse_text(name: str, texts: Sequence[str]) -> None:
+    """A text is a sequence of characters, each of which would pass for a text."""
+    require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
+
+
+def pad(texts: Sequence[Sequence[int]], model: Model) -> Tensor:
+    """Rows of one length on the model's device."""
+    rows = [torch.tensor(list(ids)) for ids in texts]
+    return pad_sequence(rows, batch_first=True, padding_value=Tokenizer.pad_id).to(model.projection.weight.device)
+
+
+def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Rows from the largest down, in batches of at most BATCH_TOKENS: number of rows × the first one's size."""
+    batch: list[int] = []
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        if batch and (len(batch) + 1) * sizes[batch[0]] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

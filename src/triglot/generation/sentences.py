@@ -1,0 +1,143 @@
+"""Translating lines with an encoder–decoder: from text to the best hypotheses of each, and back to text."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from triglot.checkpoint import load_model
+from triglot.decoding.beam import BeamSearch, beam_search
+from triglot.decoding.rules import Within
+from triglot.decoding.search import Decoded
+from triglot.errors import ConfigError, DataError, require
+from triglot.generation.alignment import align
+from triglot.generation.options import Searching
+from triglot.generation.ready import Ready, batches, pad
+from triglot.generation.results import Alternative, Hypothesis
+from triglot.generation.steps import search
+from triglot.generation.workers import Search
+from triglot.layers.masks import create_padding_mask
+from triglot.layers.packed import Precision
+from triglot.tokenizer import Tokenizer
+
+Tags = str | Sequence[str | None] | None
+"""The target tag of all lines, or of each."""
+
+
+class TextWasCut(UserWarning):
+    """Only the beginning of a text was read."""
+
+
+def translate(
+    ready: Ready,
+    find: Search,
+    lines: Sequence[str],
+    how: Searching,
+    *,
+    tags: Tags = None,
+    prefixes: Sequence[str] | None = None,
+    first_line: int = 1,
+) -> list[list[Hypothesis]]:
+    """The best translations of each line, as `find` finds them; an empty line becomes one empty text."""
+    sources = sources_of(ready, lines, tags, how.too_long, first_line)
+    limit = limit_of(ready, how)
+    rows = [row for row, line in enumerate(lines) if line.strip()]
+    forced = None
+    if prefixes is not None:
+        given = len(prefixes)
+        require(given == len(lines), "prefixes", f"one for each of {len(lines)} lines", given, DataError)
+        ids = ready.tokenizers.target.encode_batch(prefixes)
+        for number, prefix in enumerate(ids, first_line):
+            rule = f"at most {limit - 1} tokens long, for a text of at most {limit}"
+            require(len(prefix) < limit, f"the prefix of line {number}", rule, len(prefix), DataError)
+        forced = [ids[row] for row in rows]
+    search = how.search(ready.config.generation, ready.tokenizers.target, forced)
+    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[])] for _ in lines]
+    for row, texts in zip(rows, find([sources[row] for row in rows], search, limit), strict=True):
+        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in texts]
+    return results
+
+
+def alternatives(
+    ready: Ready, find: Search, line: str, prefix: str, count: int, how: Searching, tag: str | None
+) -> list[Alternative]:
+    """The `count` likeliest tokens after `prefix`, falling, each with the best translation that goes on with it."""
+    require(count >= 1, "count", "at least 1", count, ConfigError)
+    require(bool(line.strip()), "line", "no empty one", line, DataError)
+    [source], target = sources_of(ready, [line], tag, how.too_long, 1), ready.tokenizers.target
+    begun, limit = target.encode(prefix), limit_of(ready, how)
+    rule = f"at most {limit - 1} tokens long, for a text of at most {limit}"
+    require(len(begun) < limit, "prefix", rule, len(begun), DataError)
+    # One token after what is forced: the beam's texts are the likeliest tokens, as the search itself sees them.
+    one_token = replace(
+        how.search(ready.config.generation, target, [begun]), beam=count, nbest=count, length_penalty=0.0, patience=None
+    )
+    [firsts] = find([source], one_token, len(begun) + 1)
+    firsts.sort(key=lambda text: -text.log_probs[-1])
+    search = replace(how.search(ready.config.generation, target, [text.ids for text in firsts]), nbest=1)
+    found = find([source] * len(firsts), search, limit)
+    pieces = target.pieces(text.ids[-1] for text in firsts)
+    return [
+        Alternative(
+            first.ids[-1], piece, first.log_probs[-1], hypothesis(ready, source, best, search, alignment=how.alignments)
+        )
+        for first, piece, (best, *_) in zip(firsts, pieces, found, strict=True)
+    ]
+
+
+def sources_of(ready: Ready, lines: Sequence[str], tags: Tags, too_long: str, first_line: int) -> list[list[int]]:
+    """What the encoder reads of each line."""
+    if isinstance(tags, str) or tags is None:
+        tags = [tags] * len(lines)
+    require(len(tags) == len(lines), "tags", f"one for each of {len(lines)} lines", len(tags), DataError)
+    known = ", ".join(ready.tokenizers.source.tags)
+    rule = f"one of {known}, since the run was trained with target tags"
+    require(not known or None not in tags, "the target tag", rule, None, DataError)
+    limit, sources = ready.translator.max_seq_length, ready.tokenizers.encode_sources(lines, tags)
+    for number, ids in enumerate(sources, first_line):
+        rule = f"at most {limit} tokens long (the model's max_seq_length)"
+        require(len(ids) <= limit or too_long == "cut", f"line {number}", rule, len(ids), DataError)
+        if len(ids) > limit:
+            told = f"line {number} has {len(ids)} tokens: all beyond {limit} were cut"
+            warnings.warn(told, TextWasCut, stacklevel=4)
+            ids[limit - 1 : -1] = []
+    return sources
+
+
+def limit_of(ready: Ready, how: Searching) -> int:
+    """Tokens of a translation at most; for an alignment the decoder has to read the last of them, too."""
+    limit = how.max_new_tokens or ready.config.generation.max_new_tokens
+    return min(limit, ready.translator.max_seq_length - how.alignments)
+
+
+def hypothesis(ready: Ready, source: list[int], text: Decoded, how: BeamSearch, *, alignment: bool) -> Hypothesis:
+    """A text that was found, as it is returned."""
+    aligned = None
+    if alignment:
+        produced = text.ids if text.truncated else text.ids[:-1]
+        aligned = align(ready.translator, ready.tokenizers, source, produced)
+    words, score = ready.tokenizers.target.decode(text.ids), text.score(how.length_penalty, how.lengths)
+    return Hypothesis(words, score, text.ids, text.truncated, text.log_probs, aligned)
+
+
+@torch.no_grad()
+def search_all(ready: Ready, sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
+    """The best texts of each source; on a processor by the prepared model, whatever its company is the same."""
+    if (prepared := ready.prepared) is not None:
+        return search(prepared, sources, [limit] * len(sources), how, Tokenizer.bos_id)
+    model, results = ready.translator, dict[int, list[Decoded]]()
+    for batch in batches([how.beam * (len(ids) + limit) for ids in sources]):
+        src = pad([sources[row] for row in batch], model)
+        steps = model.start(src, create_padding_mask(src), limit)
+        first = steps.step(torch.full((len(batch),), Tokenizer.bos_id, device=src.device))
+        own = replace(how, banned=ready.banned, rules=[Within(rule, batch) for rule in how.rules])
+        results |= zip(batch, beam_search(first, steps, own, limit), strict=True)
+    return [results[row] for row in range(len(sources))]
+
+
+def worker_search(run: Path, which: str, precision: Precision) -> Search:
+    """The search of another process, with a model of its own."""
+    return partial(search_all, Ready(*load_model(run, which, "cpu"), precision))

@@ -1,0 +1,163 @@
+"""Going on from texts with a decoder-only model, past its context too, until each text has its end.
+
+A text goes on from the last half of the context when its own is full, whenever that of another one is: what it becomes
+does not depend on its company.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from triglot.decoding.rules import Rule, Within
+from triglot.decoding.search import Steps, Token, stream
+from triglot.errors import ConfigError, require
+from triglot.generation.options import Sampling
+from triglot.generation.ready import Ready, batches, pad
+from triglot.generation.results import Ended, Generation
+from triglot.generation.scoring import prompt_ids
+from triglot.generation.steps import start_texts
+from triglot.generation.stops import StoppingStream
+from triglot.tokenizer import Tokenizer
+
+
+class Draft:
+    """A text that is being written."""
+
+    def __init__(self, prompt: Sequence[int], limit: int, seed: int, text: StoppingStream) -> None:
+        self.limit, self.generator = limit, torch.Generator().manual_seed(seed)
+        self.tokens: list[Token] = []
+        self.ids: list[int] = []
+        self._read, self._text, self._pieces = list(prompt), text, list[str]()
+
+    def take(self, token: Token) -> str:
+        """What this token shows to be text: nothing that a later one could take back."""
+        self.tokens.append(token)
+        self.ids.append(token.id)
+        self._read.append(token.id)
+        piece = self._text.push(token.id)
+        if self.ended is not None:
+            piece += self._text.flush()
+        self._pieces.append(piece)
+        return piece
+
+    @property
+    def ended(self) -> Ended | None:
+        """Why the text is at its end, if it is."""
+        if self._text.finished:
+            return "stop"
+        if self.ids[-1:] == [Tokenizer.eos_id]:
+            return "end"
+        return "limit" if len(self.ids) >= self.limit else None
+
+    def context(self, window: int) -> list[int]:
+        """What the model reads: all, or the last half of the window once that is full."""
+        if len(self._read) >= window:
+            self._read = self._read[-(window // 2) :]
+        return self._read
+
+    def result(self, *, alternatives: bool) -> Generation:
+        """What was written."""
+        assert self.ended is not None
+        return Generation(
+            "".join(self._pieces),
+            self.ids,
+            [token.log_prob for token in self.tokens],
+            self.ended,
+            self._text.stop,
+            [list(token.alternatives) for token in self.tokens] if alternatives else None,
+        )
+
+
+def drafts_of(ready: Ready, prompts: Sequence[str], how: Sampling) -> tuple[list[Draft], list[Rule]]:
+    """The texts that are to be written, those of a prompt side by side, and their rules; raises what is not possible.
+
+    Without `max_new_tokens` a text is as long as the run says, and no longer than fits the context.
+    """
+    contexts = prompt_ids(ready.config, ready.tokenizers.target, prompts)
+    limits = [_limit(ready, number, len(ids), how) for number, ids in enumerate(contexts, 1) for _ in range(how.n)]
+    contexts = [ids for ids in contexts for _ in range(how.n)]
+    tokenizer, seeds = ready.tokenizers.target, how.seeds(len(contexts))
+    drafts = [
+        Draft(ids, limit, seed, StoppingStream(tokenizer, how.stop))
+        for ids, limit, seed in zip(contexts, limits, seeds, strict=True)
+    ]
+    return drafts, how.rules(tokenizer, contexts)
+
+
+def _limit(ready: Ready, number: int, length: int, how: Sampling) -> int:
+    """How many tokens may follow prompt `number`, of so many tokens."""
+    window = ready.writer.max_len
+    require(window >= 2, "max_seq_length", "at least 2 to generate", window, ConfigError)
+    limit = how.max_new_tokens or ready.config.generation.max_new_tokens
+    if how.past_context == "slide":
+        return limit
+    room, beyond = window - length, f'(the context is {window}; past_context "slide" goes on beyond)'
+    rule = f"at most {window - 1} tokens long {beyond}"
+    require(room >= 1, f"prompt {number}", rule, length, ConfigError)
+    rule = f"at most {room} after the {length} tokens of prompt {number} {beyond}"
+    require(how.max_new_tokens is None or limit <= room, "max_new_tokens", rule, limit, ConfigError)
+    return min(limit, room)
+
+
+def write_all(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> None:
+    """Write each text to its end, as many together as memory is meant for."""
+    window = ready.writer.max_len
+    for numbers in batches([min(len(one.context(window)) + one.limit, window) for one in drafts]):
+        own = [Within(rule, numbers) for rule in rules]
+        for _ in write(ready, [drafts[number] for number in numbers], how, own):
+            pass
+
+
+@torch.no_grad()
+def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> Iterator[str]:
+    """Write texts to their ends, side by side; pieces of text as they come, some of them empty."""
+    window, sampler = ready.writer.max_len, how.sampler
+    while numbers := [number for number, one in enumerate(drafts) if one.ended is None]:
+        live = [drafts[number] for number in numbers]
+        contexts = [list(one.context(window)) for one in live]
+        limits = [min(one.limit - len(one.ids), window - len(ids)) for one, ids in zip(live, contexts, strict=True)]
+        before = [list(one.ids) for one in live]
+        first, steps = _start(ready, contexts, limits)
+        stopped = set[int]()
+        tokens = stream(
+            first,
+            steps,
+            sampler,
+            limits,
+            eos_id=Tokenizer.eos_id,
+            banned=ready.banned,
+            rules=[Within(rule, numbers, before) for rule in rules],
+            generator=[one.generator for one in live],
+            top_logprobs=how.top_logprobs,
+            stopped=stopped,
+        )
+        for token in tokens:
+            draft = live[token.row]
+            piece = draft.take(token)
+            if draft.ended is not None:
+                stopped.add(token.row)
+            yield piece
+
+
+def _start(
+    ready: Ready, contexts: Sequence[list[int]], limits: Sequence[int]
+) -> tuple[Float[Tensor, "texts vocab"], Steps]:
+    """Logits after each context, of which equal ones are read once, and what goes on from there."""
+    places = {ids: place for place, ids in enumerate(dict.fromkeys(map(tuple, contexts)))}
+    texts = [list(ids) for ids in places]
+    most = max(len(ids) + limit for ids, limit in zip(contexts, limits, strict=True))
+    first: Tensor
+    steps: Steps
+    if (prepared := ready.prepared) is not None:
+        first, steps = start_texts(prepared, texts, most)
+    else:
+        prompts = pad(texts, ready.model)
+        lengths = torch.tensor([len(text) for text in texts], device=prompts.device)
+        first, steps = ready.writer.start(prompts, lengths, most - prompts.size(1))
+    if len(texts) == len(contexts):
+        return first, steps
+    rows = torch.tensor([places[tuple(ids)] for ids in contexts], device=first.device)
+    steps.select(rows)
+    return first[rows], steps

@@ -1,0 +1,173 @@
+"""Projections whose weights are packed once, to be multiplied with few rows many times: what decoding is made of.
+
+Each gives every row the bits that it gives the row in any company, given at least `least_rows` of them: in fp32 a
+product's bits depend on how many rows there are when those are few; sums of whole numbers are exact.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+Rows = Float[Tensor, "rows inputs"]
+ZERO = 128
+"""What stands for 0 in a quantised row."""
+GROUP = 32
+"""Weights that share a scale where they have four bits."""
+SMALL = 2**17
+"""Weights below which rows cost more to be quantised than they save."""
+LEAST_SIZE = 16
+"""Rows and outputs from which on a product of floats gives each row its own bits, wherever it stands."""
+LEAST = 1e-30
+"""What a row of zeros is divided by."""
+
+
+class QuantisedRows(NamedTuple):
+    """Rows as whole numbers from 1 to 255: x ≈ (whole − 128) · largest / 127, each row with a scale of its own."""
+
+    whole: UInt8[Tensor, "rows inputs"]
+    largest: Float[Tensor, "rows 1"]
+
+
+def quantise_rows(x: Rows) -> QuantisedRows:
+    """Each row divided by its largest magnitude, which becomes 127."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+    whole = (x * (127 / largest)).add_(ZERO + 0.5).to(torch.uint8)  # the cast cuts, hence the half
+    return QuantisedRows(whole, largest)
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """x Wᵀ + b in fp32, with weights that are ready for it."""
+
+    least_rows: int
+    """From so many rows on, a row's bits do not depend on the others."""
+    num_bytes: int
+    """What one product reads of weights."""
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]: ...
+
+
+class PackedFloat:
+    """Weights in fp32 or bf16."""
+
+    least_rows = LEAST_SIZE
+
+    def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.outputs, missing = len(weight), max(0, LEAST_SIZE - len(weight))
+        self.weight = F.pad(weight.to(dtype), (0, 0, 0, missing))
+        self.bias = None if bias is None else F.pad(bias.to(dtype), (0, missing))
+        self.num_bytes = self.weight.nbytes
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).float()[:, : self.outputs]
+
+
+class PackedInt8:
+    """Weights as whole numbers from −127 to 127, with a scale for each output, times rows quantised as they come."""
+
+    least_rows = 1
+
+    def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
+        largest = weight.float().abs().amax(1).clamp_min(LEAST)
+        whole: Int8[Tensor, "outputs inputs"] = (weight * (127 / largest)[:, None]).round().to(torch.int8)
+        self.scale = largest / 127**2
+        self.bias = None if bias is None else bias.float()
+        self.num_bytes = whole.nbytes
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        whole, largest = quantise_rows(x)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
+
+
+class PackedInt4:
+    """Weights as numbers from 0 to 15, each GROUP of inputs with a scale and a middle of its own; rows are bf16."""
+
+    least_rows = 1
+
+    def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        step = ((high - low) / 15).clamp_min(LEAST)
+        whole = ((groups - low) / step).round().to(torch.int32).flatten(1)
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(whole, 1)
+        scales = torch.cat([step, low + 8 * step], 2).transpose(0, 1)  # the product takes 8 off each number
+        self.scales = scales.to(torch.bfloat16).contiguous()
+        self.bias = None if bias is None else bias.float()
+        self.num_bytes = self.packed.nbytes + self.scales.nbytes
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self.packed, GROUP, self.scales).float()
+        return y if self.bias is None else y.add_(self.bias)
+
+    @staticmethod
+    def takes(weight: Float[Tensor, "outputs inputs"]) -> bool:
+        """Whether the sizes are those that the product is for."""
+        return weight.size(0) % 16 == 0 and weight.size(1) % GROUP == 0
+
+
+class Packer:
+    """Packs the projections of one model, in one precision, and knows what all of them need."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.least_rows = 1
+        """From so many rows on, no row's bits depend on the others."""
+        self.num_bytes = 0
+        """What one product with each of them reads of weights."""
+
+    def __call__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> Packed:
+        """A projection."""
+        made = pack(weight, bias, self.precision)
+        self.least_rows = max(self.least_rows, made.least_rows)
+        self.num_bytes += made.num_bytes
+        return made
+
+    def beside(self, linears: Sequence[nn.Linear], scale: float = 1.0) -> Packed:
+        """Projections of the same rows as one, their outputs side by side, those of the first times `scale`."""
+        scales = [scale] + [1.0] * (len(linears) - 1)
+        weight = torch.cat([linear.weight.detach().float() * by for linear, by in zip(linears, scales, strict=True)])
+        biases = [None if linear.bias is None else linear.bias.detach().float() for linear in linears]
+        if all(bias is None for bias in biases):
+            return self(weight, None)
+        given = [
+            bias if bias is not None else weight.new_zeros(linear.out_features)
+            for bias, linear in zip(biases, linears, strict=True)
+        ]
+        return self(weight, torch.cat([bias * by for bias, by in zip(given, scales, strict=True)]))
+
+
+def pack(
+    weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None, precision: Precision
+) -> Packed:
+    """A projection in `precision`; small ones are not worth their quantised rows where bf16 is as fast."""
+    match precision:
+        case "fp32":
+            return PackedFloat(weight, bias, torch.float32)
+        case "bf16":
+            return PackedFloat(weight, bias, torch.bfloat16)
+        case "int8" if weight.numel() < SMALL and multiplies_bf16():
+            return PackedFloat(weight, bias, torch.bfloat16)
+        case "int8":
+            return PackedInt8(weight, bias)
+        case "int4" if PackedInt4.takes(weight):
+            return PackedInt4(weight, bias)
+        case "int4":
+            return pack(weight, bias, "int8")
+        case _:
+            assert_never(precision)
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16, and PyTorch uses them."""
+    has_some = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_some and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -1,0 +1,161 @@
+"""A prepared decoder computes what its model computes, and gives each row the same bits in any company."""
+
+import random
+from functools import cache
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triglot.decoding.beam import BeamSearch
+from triglot.decoding.sampling import Sampler
+from triglot.decoding.search import generate
+from triglot.generation.prepared import Prepared
+from triglot.generation.steps import SentenceSteps, search, start_texts
+from triglot.layers.masks import create_padding_mask
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
+
+PAD, BOS, EOS, VOCAB, LONGEST = 0, 1, 2, 60, 97
+PRECISIONS = ["fp32", "bf16", "int8", "int4"]
+
+
+def make_translator(options) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(VOCAB, VOCAB, 24, 3, 4, 40, LONGEST, 0.1, options=options)
+    return model.eval()
+
+
+def make_language_model(options) -> DecoderLLM:
+    torch.manual_seed(0)
+    return DecoderLLM(VOCAB, 24, 4, 3, 40, LONGEST, options=options).eval()
+
+
+def texts(seed: int, number: int, longest: int = 40) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, VOCAB) for _ in range(draw.randint(1, longest))] for _ in range(number)]
+
+
+@torch.no_grad()
+def test_translation_steps_are_the_models(options):
+    model, sources = make_translator(options), texts(1, 3)
+    targets = torch.randint(VOCAB, (3, 35), generator=torch.Generator().manual_seed(2))
+    src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
+    plain = model.start(src, create_padding_mask(src), 90)
+    steps = SentenceSteps(Prepared(model), 3, 1, max(map(len, sources)), 90)
+    steps.begin([2, 0, 1], [sources[2], sources[0], sources[1]])
+    for tokens in targets.T:
+        found = torch.cat(list(steps.step(tokens[:, None])))
+        torch.testing.assert_close(found[:, :VOCAB], plain.step(tokens), rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_hypotheses_go_on_from_the_parents_that_they_are_given(options):
+    model, sources = make_translator(options), texts(1, 3)
+    draw = torch.Generator().manual_seed(3)
+    src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources for _ in range(4)], batch_first=True)
+    plain = model.start(src, create_padding_mask(src), 90)
+    steps = SentenceSteps(Prepared(model), 3, 4, max(map(len, sources)), 90)
+    steps.begin([0, 1, 2], sources)
+    live = torch.arange(3)
+    for number in range(20):
+        tokens = torch.randint(VOCAB, (len(live), 4), generator=draw)
+        found = torch.cat(list(steps.step(tokens)))
+        torch.testing.assert_close(found[:, :VOCAB], plain.step(tokens.flatten()), rtol=1e-4, atol=2e-5)
+        parents = torch.randint(4, (len(live), 4), generator=draw)
+        plain.select((torch.arange(0, 4 * len(live), 4)[:, None] + parents).flatten())
+        steps.follow(parents, range(len(live)))
+        if number == 10:
+            live = torch.tensor([2, 0])
+            plain.select((live[:, None] * 4 + torch.arange(4)).flatten())
+            steps.keep(live)
+
+
+@torch.no_grad()
+def test_text_steps_are_the_models(options):
+    model, prompts = make_language_model(options), texts(3, 5)
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
+    expected, plain = model.start(padded, lengths, 50)
+    found, steps = start_texts(Prepared(model), prompts, 90)
+    for number in range(40):
+        torch.testing.assert_close(found[:, :VOCAB], expected, rtol=1e-4, atol=2e-5)
+        tokens = expected.argmax(1)
+        if number == 20:
+            kept = torch.tensor([4, 0, 2])
+            plain.select(kept)
+            steps.select(kept)
+            tokens = tokens[kept]
+        expected, found = plain.step(tokens), steps.step(tokens)
+
+
+def test_what_is_no_token_and_what_is_banned_never_comes(options):
+    prepared = Prepared(make_translator(options), banned=(PAD, BOS))
+    logits = prepared.logits(torch.randn(3, 24))
+    assert logits[:, VOCAB:].eq(-torch.inf).all()
+    assert logits[:, [PAD, BOS]].eq(-torch.inf).all()
+    assert logits[:, EOS:VOCAB].isfinite().all()
+
+
+# In any company
+
+CONFIGS = {
+    "pre-rms-rotary": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "bias": False},
+    "post-learned-grouped": {"positions": "learned", "num_kv_heads": 2},
+    "experts": {"activation": "gelu", "experts": {"num_experts": 5, "d_ff": 11}},
+}
+
+
+@cache
+def prepared_models(name: str, precision: str):
+    from triglot.config import BlockOptions
+    from triglot.recipe import from_dict
+
+    options = from_dict(BlockOptions, CONFIGS[name])
+    models = make_translator(options), make_language_model(options)
+    translator, language_model = (Prepared(model, precision, (PAD, BOS)) for model in models)
+    return translator, language_model
+
+
+def translations(name: str, precision: str, sources: list[list[int]], beam: int, limits: list[int], places: int):
+    prepared, _ = prepared_models(name, precision)
+    how = BeamSearch(beam=beam, eos_id=EOS, nbest=beam)
+    return search(prepared, sources, limits, how, BOS, places)
+
+
+@torch.no_grad()
+def continuations(name: str, precision: str, prompts: list[list[int]], seeds: list[int], limits: list[int], sampler):
+    _, prepared = prepared_models(name, precision)
+    first, steps = start_texts(prepared, prompts, LONGEST)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generate(first, steps, sampler, limits, eos_id=EOS, generator=generators)
+
+
+requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
+       st.sampled_from([1, 2, 5]), st.integers(1, 9))  # fmt: skip
+def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precision, beam, places):
+    sources, limits = [texts(seed, 1)[0] for seed, _ in asked], [limit for _, limit in asked]
+    alone = [
+        translations(name, precision, [ids], beam, [limit], 1)[0] for ids, limit in zip(sources, limits, strict=True)
+    ]
+    order = draw.sample(range(len(asked)), len(asked))
+    mixed = translations(name, precision, [sources[row] for row in order], beam, [limits[row] for row in order], places)
+    assert mixed == [alone[row] for row in order]
+
+
+@settings(deadline=None, max_examples=40)
+@given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
+       st.sampled_from([Sampler(), Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)]))  # fmt: skip
+def test_a_continuation_is_the_same_bits_in_any_company(asked, draw, name, precision, sampler):
+    prompts, seeds, limits = [texts(seed, 1)[0] for seed, _ in asked], *map(list, zip(*asked, strict=True))
+    rows = range(len(asked))
+    alone = [continuations(name, precision, [prompts[r]], [seeds[r]], [limits[r]], sampler)[0] for r in rows]
+    order = draw.sample(rows, len(asked))
+    mixed = continuations(
+        name, precision, [prompts[r] for r in order], [seeds[r] for r in order], [limits[r] for r in order], sampler
+    )
+    assert mixed == [alone[row] for row in order]

@@ -1,0 +1,85 @@
+"""A packed projection is the projection; a row's bits are its own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from triglot.layers import packed as packed_module
+from triglot.layers.packed import PackedFloat, PackedInt8, Packer, pack, quantise_rows
+
+PRECISIONS = ["fp32", "bf16", "int8", "int4"]
+widths = st.sampled_from([(6, 11), (24, 24), (128, 384), (96, 64), (130, 77)])
+
+
+def made(inputs: int, outputs: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, inputs), (outputs, inputs), (outputs,)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in shapes)
+    return x * torch.rand(rows, 1, generator=generator).exp2(), weight / inputs**0.5, bias
+
+
+def packed_as(precision: str, weight: torch.Tensor, bias: torch.Tensor | None):
+    return PackedInt8(weight, bias) if precision == "int8" else pack(weight, bias, precision)  # small ones as well
+
+
+@settings(deadline=None, max_examples=50)
+@given(widths, st.integers(16, 40), st.integers(0, 999), st.sampled_from(PRECISIONS), st.booleans())
+def test_a_packed_projection_is_the_projection(width, rows, seed, precision, biased):
+    x, weight, bias = made(*width, rows, seed)
+    expected = F.linear(x, weight, bias if biased else None)
+    found = packed_as(precision, weight, bias if biased else None)(x)
+    error = (found - expected).norm() / expected.norm()
+    assert found.dtype == torch.float32
+    assert error < {"fp32": 1e-6, "bf16": 0.02, "int8": 0.03, "int4": 0.2}[precision]
+
+
+@settings(deadline=None, max_examples=50)
+@given(widths, st.integers(1, 40), st.integers(0, 999))
+def test_whole_numbers_are_multiplied_and_summed_exactly(width, rows, seed):
+    x, weight, bias = made(*width, rows, seed)
+    packed, quantised = PackedInt8(weight, bias), quantise_rows(x)
+    whole = (weight / packed.scale[:, None] / 127).round()
+    sums = (quantised.whole.double() - 128) @ whole.double().T
+    expected = sums * packed.scale.double() * quantised.largest.double() + bias.double()
+    torch.testing.assert_close(packed(x).double(), expected, rtol=1e-6, atol=1e-6)
+    restored = (quantised.whole.float() - 128) * quantised.largest / 127
+    assert ((restored - x).abs() <= quantised.largest / 127 * 0.5001).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(widths, st.lists(st.integers(0, 39), min_size=1, max_size=60), st.integers(0, 99), st.sampled_from(PRECISIONS))
+def test_a_row_gives_the_same_bits_in_any_company(width, chosen, seed, precision):
+    x, weight, bias = made(*width, 40, seed)
+    packed = packed_as(precision, weight, bias)
+    chosen += [0] * (packed.least_rows - len(chosen))
+    assert torch.equal(packed(x[chosen]), packed(x)[chosen])
+
+
+def test_a_row_of_zeros_gives_the_bias():
+    _, weight, bias = made(24, 11, 1, 0)
+    assert torch.equal(PackedInt8(weight, bias)(torch.zeros(1, 24)), bias[None])
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, False), (True, True)])
+def test_projections_side_by_side_are_each_of_them_the_first_scaled(biases):
+    linears = [nn.Linear(24, 11, bias=biases[0]), nn.Linear(24, 7, bias=biases[1])]
+    x = torch.randn(16, 24)
+    first, second = Packer("fp32").beside(linears, scale=0.25)(x).split([11, 7], 1)
+    torch.testing.assert_close(first, linears[0](x) * 0.25)
+    torch.testing.assert_close(second, linears[1](x))
+
+
+def test_small_weights_of_int8_are_bf16_where_that_is_as_fast(monkeypatch):
+    weight = torch.randn(64, 96)
+    for fast, kind in ((True, PackedFloat), (False, PackedInt8)):
+        monkeypatch.setattr(packed_module, "multiplies_bf16", lambda fast=fast: fast)
+        assert isinstance(pack(weight, None, "int8"), kind)
+        assert isinstance(pack(torch.randn(512, 512), None, "int8"), PackedInt8)
+        packer = Packer("int8")
+        packer(torch.randn(512, 512), None)
+        assert packer.least_rows == 1
+        packer(weight, None)
+        assert packer.least_rows == kind.least_rows
