@@ -318,10 +318,10 @@ class Prepared:
         self.encoder = PreparedStack(model.encoder, packer) if isinstance(model, Transformer) else None
         self.decoder = PreparedStack(model.decoder if isinstance(model, Transformer) else model, packer)
         projection = model.projection
-        self.vocab = projection.out_features
-        weight = F.pad(projection.weight.detach().float(), (0, 0, 0, round_up(self.vocab, VOCABULARY) - self.vocab))
+        vocab = projection.out_features
+        weight = F.pad(projection.weight.detach().float(), (0, 0, 0, round_up(vocab, VOCABULARY) - vocab))
         bias = torch.full((len(weight),), -math.inf)
-        bias[: self.vocab] = 0 if projection.bias is None else projection.bias.detach()
+        bias[:vocab] = 0 if projection.bias is None else projection.bias.detach()
         bias[list(banned)] = -math.inf
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
         self.least_rows, self.num_bytes = packer.least_rows, packer.num_bytes + self.head.num_bytes

@@ -125,7 +125,7 @@ def search(
     while True:
         live = beams.live
         empty = sorted(set(range(len(beams.pools))).difference(live))
-        if waiting and (not live or len(empty) >= max(REFILL, len(beams.pools) // REFILL)):
+        if waiting and (not live or len(empty) >= REFILL):
             new = [waiting.pop() for _ in empty[: len(waiting)]]
             for place, request in zip(empty, new, strict=False):
                 beams.begin(place, request, limits[request], bos_id)
