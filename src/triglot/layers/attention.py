@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triglot.errors import require
 from triglot.layers.attend import attend
 from triglot.layers.cache import LayerCache, MemoryCache
+from triglot.layers.linear import Linear
 from triglot.layers.masks import check_mask, create_look_ahead_mask
 from triglot.layers.positions import Rotation, rotate
 
@@ -77,10 +78,10 @@ class MultiHeadAttention(nn.Module):
         shared = num_kv_heads >= 1 and num_heads % num_kv_heads == 0
         require(shared, "num_kv_heads", f"a divisor of num_heads ({num_heads})", num_kv_heads)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
-        self.query = nn.Linear(d_model, d_model, bias=bias)
-        self.key = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
-        self.value = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
-        self.output = nn.Linear(d_model, d_model, bias=bias)
+        self.query = Linear(d_model, d_model, bias=bias)
+        self.key = Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
+        self.value = Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
+        self.output = Linear(d_model, d_model, bias=bias)
         self.dropout = dropout
 
     def forward(

@@ -1,5 +1,6 @@
 """The position-wise feed-forward layer (Vaswani et al. 2017, §3.3; gated: Shazeer 2020)."""
 
+from collections.abc import Callable
 from typing import Any, Literal, assert_never
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from triglot.layers.dropout import Dropout
+from triglot.layers.linear import Linear, project
 
 Activation = Literal["relu", "gelu", "swiglu"]
 
@@ -40,8 +42,8 @@ class PointwiseFeedForward(nn.Module):
         self, d_model: int, d_ff: int, dropout: float = 0.1, *, activation: Activation = "relu", bias: bool = True
     ) -> None:
         super().__init__()
-        self.inner = nn.Linear(d_model, 2 * d_ff if is_gated(activation) else d_ff, bias=bias)
-        self.outer = nn.Linear(d_ff, d_model, bias=bias)
+        self.inner = Linear(d_model, 2 * d_ff if is_gated(activation) else d_ff, bias=bias)
+        self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)
         self.activation: Activation = activation
 
@@ -72,17 +74,25 @@ class _Outer(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.activation, ctx.biased = activation, bias is not None
-        return F.linear(activate(h, activation), weight, bias)
+        return project(activate(h, activation), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, weight = ctx.saved_tensors
-        with torch.enable_grad():
-            h = h.detach().requires_grad_()
-            activated = activate(h, ctx.activation)
-        rows, edge = grad.flatten(0, -2), get_gradient_edge(activated)
-        of_weight = rows.T @ activated.detach().flatten(0, -2)
+        rows = grad.flatten(0, -2)
+        activated, gradient = _activate_again(h, ctx.activation)
+        of_weight = rows.T @ activated.flatten(0, -2)
         del activated  # where memory peaks
-        (of_h,) = torch.autograd.grad(edge, h, grad @ weight)
-        return of_h, of_weight, rows.sum(0) if ctx.biased else None, None
+        return gradient(grad @ weight), of_weight, rows.sum(0) if ctx.biased else None, None
+
+
+def _activate_again(h: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """activation(h), and what makes h's gradient of its gradient, which it may write over."""
+    if activation == "gelu":
+        return F.gelu(h), lambda grad: torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad)
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        activated = activate(h, activation)
+    edge = get_gradient_edge(activated)
+    return activated.detach(), lambda grad: torch.autograd.grad(edge, h, grad)[0]
