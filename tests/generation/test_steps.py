@@ -42,10 +42,9 @@ def test_translation_steps_are_the_models(options):
     targets = torch.randint(VOCAB, (3, 35), generator=torch.Generator().manual_seed(2))
     src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     plain = model.start(src, create_padding_mask(src), 90)
-    steps = SentenceSteps(Prepared(model), 3, 1, max(map(len, sources)), 90)
-    steps.begin([2, 0, 1], [sources[2], sources[0], sources[1]])
+    steps = SentenceSteps(Prepared(model), sources, 1, 90)
     for tokens in targets.T:
-        found = torch.cat(list(steps.step(tokens[:, None])))
+        found = torch.cat(list(steps.step(tokens)))
         torch.testing.assert_close(found[:, :VOCAB], plain.step(tokens), rtol=1e-4, atol=2e-5)
 
 
@@ -53,22 +52,19 @@ def test_translation_steps_are_the_models(options):
 def test_hypotheses_go_on_from_the_parents_that_they_are_given(options):
     model, sources = make_translator(options), texts(1, 3)
     draw = torch.Generator().manual_seed(3)
-    src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources for _ in range(4)], batch_first=True)
+    src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     plain = model.start(src, create_padding_mask(src), 90)
-    steps = SentenceSteps(Prepared(model), 3, 4, max(map(len, sources)), 90)
-    steps.begin([0, 1, 2], sources)
-    live = torch.arange(3)
+    steps = SentenceSteps(Prepared(model), sources, 4, 90)
+    live, width = torch.arange(3), 1
     for number in range(20):
-        tokens = torch.randint(VOCAB, (len(live), 4), generator=draw)
+        tokens = torch.randint(VOCAB, (width * len(live),), generator=draw)
         found = torch.cat(list(steps.step(tokens)))
-        torch.testing.assert_close(found[:, :VOCAB], plain.step(tokens.flatten()), rtol=1e-4, atol=2e-5)
-        parents = torch.randint(4, (len(live), 4), generator=draw)
-        plain.select((torch.arange(0, 4 * len(live), 4)[:, None] + parents).flatten())
-        steps.follow(parents, range(len(live)))
-        if number == 10:
-            live = torch.tensor([2, 0])
-            plain.select((live[:, None] * 4 + torch.arange(4)).flatten())
-            steps.keep(live)
+        torch.testing.assert_close(found[:, :VOCAB], plain.step(tokens), rtol=1e-4, atol=2e-5)
+        live = torch.tensor([2, 0]) if number == 10 else torch.arange(len(live))
+        rows = (live[:, None] * width + torch.randint(width, (len(live), 4), generator=draw)).flatten()
+        plain.select(rows)
+        steps.select(rows)
+        width = 4
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Beam search, over any number of sentences side by side, each of which may begin and end at a time of its own."""
+"""Beam search, over any number of sentences side by side, each of which ends at a time of its own."""
 
 import bisect
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -52,46 +52,29 @@ class BeamSearch:
 
 
 class Beams:
-    """Places for sentences; `advance` takes the logits of all and says how their hypotheses go on.
+    """Sentences that begin together; `advance` takes the logits of all and says how their hypotheses go on."""
 
-    A place is empty until a sentence begins there and when it has ended; what stands in an empty one is fed along.
-    """
-
-    def __init__(self, places: int, how: BeamSearch, longest: int, device: torch.device | None = None) -> None:
-        self.how = how
-        self.scores = torch.full((places, how.beam), -math.inf, device=device)
+    def __init__(self, limits: Mapping[int, int], how: BeamSearch, device: torch.device | None = None) -> None:
+        sentences, longest = len(limits), max(limits.values(), default=1)
+        self.how, self.count = how, 0
+        self.scores = torch.zeros(sentences, 1, device=device)
         """Σ log p of each hypothesis, falling; −∞ where there is none."""
-        self.tokens = torch.zeros(places, how.beam, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(sentences, how.beam, dtype=torch.long, device=device)
         """What each hypothesis reads next."""
-        self.parents = torch.zeros(places, how.beam, dtype=torch.long, device=device)
+        self.parents = torch.zeros(sentences, how.beam, dtype=torch.long, device=device)
         """The hypothesis of its sentence that each goes on from."""
-        self.counts = torch.zeros(places, dtype=torch.long, device=device)
-        """Tokens of the hypotheses of each place."""
-        self.history = torch.zeros(places, how.beam, longest, dtype=torch.long, device=device)
-        self.sums = torch.zeros(places, how.beam, longest, device=device)  # the scores along each history
-        self.pools: list[_Pool | None] = [None] * places
+        self.history = torch.zeros(sentences, how.beam, longest, dtype=torch.long, device=device)
+        self.sums = torch.zeros(sentences, how.beam, longest, device=device)  # the scores along each history
+        self.pools = [_Pool(request, limit, how) for request, limit in limits.items()]
         self.log_probs: Tensor | None = None
 
-    @property
-    def live(self) -> list[int]:
-        """Places that are not empty."""
-        return [place for place, pool in enumerate(self.pools) if pool is not None]
+    def advance(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> dict[int, list[Decoded]]:
+        """Go on by a token each; the texts, best first, of those sentences that ended, by request.
 
-    def begin(self, place: int, request: int, limit: int, first: int = 0) -> None:
-        """Have a sentence of at most `limit` tokens begin at an empty place, after token `first`."""
-        self.pools[place] = _Pool(request, limit, self.how)
-        self.scores[place] = -math.inf  # all hypotheses but one are impossible yet
-        self.scores[place, 0] = 0.0
-        self.tokens[place], self.parents[place], self.counts[place] = first, 0, 0
-
-    def advance(self, logits: Iterable[Float[Tensor, "rows vocab"]], width: int) -> list[tuple[int, list[Decoded]]]:
-        """Go on by a token each; the sentences that ended, by request, with their texts, best first.
-
-        Rows are the first `width` hypotheses of each place; logits may come in parts, of some places each.
+        Rows are the hypotheses of each sentence, at first one; logits may come in parts, of some sentences each.
         """
         how = self.how
-        log_probs, maxima = self._log_probs(logits, width)
-        found, parent, token = _continuations(self.scores[:, :width], log_probs, maxima, 2 * how.beam)
+        found, parent, token = self._continuations(logits)
         if (missing := how.beam - found.size(1)) > 0:  # a first step finds no more than there are tokens
             found = F.pad(found, (0, missing), value=-math.inf)
             parent, token = F.pad(parent, (0, missing)), F.pad(token, (0, missing))
@@ -100,109 +83,114 @@ class Beams:
         self._finish(found, parent, ended)
         self.scores, rank_of = largest(found.masked_fill(ended, -math.inf), how.beam)
         self.parents = parent.gather(1, rank_of)
-        # A place without a text may hold a column that is no token.
+        # A sentence without a text may hold a column that is no token.
         self.tokens = token.gather(1, rank_of).masked_fill_(self.scores == -math.inf, how.eos_id)
-        longest = int(self.counts.max())
         for kept, new in ((self.history, self.tokens), (self.sums, self.scores)):
-            used = kept[:, :, :longest]
+            used = kept[:, :, : self.count]
             used.copy_(used.gather(1, self.parents[..., None].expand_as(used)))
-            kept.scatter_(2, self.counts[:, None, None].expand(-1, how.beam, 1), new[..., None])
+            kept[:, :, self.count] = new
+        self.count += 1
         return self._end()
+
+    def _continuations(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The 2·beam best of each sentence: scores, hypotheses, tokens.
+
+        log p is written where that of the step before was: a large new tensor would cost more than what is in it.
+        """
+        first, maxima = 0, []
+        for part in logits:
+            if self.log_probs is None:
+                self.log_probs = part.new_empty(0, part.size(1), dtype=torch.float32)
+            if len(self.log_probs) < self.scores.numel():
+                self.log_probs = self.log_probs.new_empty(self.scores.numel(), part.size(1))
+            into = self.log_probs[first : first + len(part)]
+            self._write_log_probs(part, into, first)
+            if part.size(1) % BLOCK == 0:  # while they are in the cache
+                maxima.append(into.view(len(part), -1, BLOCK).amax(2))
+            first += len(part)
+        assert self.log_probs is not None
+        block_maxima = torch.cat(maxima) if maxima else None
+        return _continuations(self.scores, self.log_probs[:first], block_maxima, 2 * self.how.beam)
+
+    def _write_log_probs(
+        self, logits: Float[Tensor, "some vocab"], into: Float[Tensor, "some vocab"], first: int
+    ) -> None:
+        """Write log p of what may follow the texts from row `first` on; rules see those alone that are possible.
+
+        A text to which they leave no token gets −∞ throughout, and so can not go on.
+        """
+        logits = masked(logits, self.how.banned) if self.how.banned else logits.float()
+        torch.log_softmax(logits, 1, out=into)
+        if not self.how.rules:
+            return
+        rows = self.scores.flatten()[first : first + len(logits)].isfinite().nonzero()[:, 0]
+        at = [divmod(first + row, self.scores.size(1)) for row in rows.tolist()]
+        texts = [self.history[sentence, rank, : self.count].tolist() for sentence, rank in at]
+        ruled = apply(self.how.rules, logits[rows], texts, [self.pools[sentence].request for sentence, _ in at])
+        possible = ruled.amax(1, keepdim=True) > -math.inf
+        into.index_copy_(0, rows, ruled.log_softmax(1).masked_fill(~possible, -math.inf))
 
     def _finish(self, found: Tensor, parent: Tensor, ended: Tensor) -> None:
         """Move texts whose end token came to the pools of their sentences."""
         beam = self.how.beam
-        for place, rank in (ended[:, :beam] & found[:, :beam].isfinite()).nonzero().tolist():
-            pool, of, count = self.pools[place], parent[place, rank], self.counts[place]
-            assert pool is not None
-            ids, sums = self.history[place, of, :count].tolist(), self.sums[place, of, :count].tolist()
-            log_probs = _differences([*sums, found[place, rank].item()])
-            pool.add(Decoded([*ids, self.how.eos_id], log_probs, truncated=False))
+        at = (ended[:, :beam] & found[:, :beam].isfinite()).nonzero()
+        sentences, ranks = at.unbind(1)
+        parents = parent[sentences, ranks]
+        texts, sums = (kept[sentences, parents, : self.count].tolist() for kept in (self.history, self.sums))
+        lasts = found[sentences, ranks].tolist()
+        for sentence, ids, sums_of, last in zip(sentences.tolist(), texts, sums, lasts, strict=True):
+            text = Decoded([*ids, self.how.eos_id], _differences([*sums_of, last]), truncated=False)
+            self.pools[sentence].add(text)
 
-    def _end(self) -> list[tuple[int, list[Decoded]]]:
-        results, bests = [], self.scores[:, 0].tolist()
-        self.counts += 1
-        counts = self.counts.tolist()
-        for place, pool in enumerate(self.pools):
-            if pool is None:
-                counts[place] = 0
-            elif pool.is_complete(bests[place], counts[place]):
-                pool.fill(self.history[place, :, : counts[place]], self.sums[place, :, : counts[place]])
+    def _end(self) -> dict[int, list[Decoded]]:
+        """Take out the sentences that have ended."""
+        bests = self.scores[:, 0].tolist()
+        complete = [pool.is_complete(best, self.count) for pool, best in zip(self.pools, bests, strict=True)]
+        results = {}
+        for sentence, pool in enumerate(self.pools):
+            if complete[sentence]:
+                pool.fill(self.history[sentence, :, : self.count], self.sums[sentence, :, : self.count])
                 name = f"the number of texts that the rules leave sentence {pool.request}"
                 require(bool(pool.best), name, "at least 1", 0, ConfigError)
-                results.append((pool.request, pool.best))
-                self.pools[place], counts[place], self.scores[place] = None, 0, -math.inf
-        self.counts = torch.tensor(counts, device=self.counts.device)
+                results[pool.request] = pool.best
+        self.live = torch.tensor([not one for one in complete], device=self.scores.device).nonzero()[:, 0]
+        if results:
+            kept = self.live
+            self.scores, self.tokens, self.parents = self.scores[kept], self.tokens[kept], self.parents[kept]
+            self.history, self.sums = self.history[kept], self.sums[kept]
+            self.pools = [self.pools[sentence] for sentence in kept.tolist()]
         return results
 
-    def keep(self, places: Int[Tensor, " kept"]) -> None:
-        """Keep these places, in this order."""
-        self.scores, self.tokens, self.parents = self.scores[places], self.tokens[places], self.parents[places]
-        self.counts, self.history, self.sums = self.counts[places], self.history[places], self.sums[places]
-        self.pools = [self.pools[place] for place in places.tolist()]
 
-    def _log_probs(self, logits: Iterable[Float[Tensor, "some vocab"]], width: int) -> tuple[Tensor, Tensor | None]:
-        """log p of what may follow each text, and the largest of each block of tokens.
-
-        They are written where those of the step before were: a large new tensor would cost more than what is in it.
-        """
-        start, maxima = 0, []
-        for part in logits:
-            end, vocab = start + len(part), part.size(1)
-            if (
-                self.log_probs is None
-                or self.log_probs.size(1) != vocab
-                or len(self.log_probs) < width * len(self.scores)
-            ):
-                self.log_probs = part.new_empty(width * len(self.scores), vocab, dtype=torch.float32)
-            into = self.log_probs[start:end]
-            self._rule(masked(part, self.how.banned) if self.how.banned else part.float(), into, start, width)
-            if vocab % BLOCK == 0:
-                maxima.append(into.view(len(part), -1, BLOCK).amax(2))
-            start = end
-        assert self.log_probs is not None
-        return self.log_probs[:start], torch.cat(maxima) if maxima else None
-
-    def _rule(
-        self, logits: Float[Tensor, "some vocab"], into: Float[Tensor, "some vocab"], start: int, width: int
-    ) -> None:
-        """Write log p of what may follow the texts from row `start` on; rules see those alone that are possible.
-
-        A text to which they leave no token gets −∞ throughout, and so can not go on.
-        """
-        torch.log_softmax(logits, 1, out=into)
-        if not self.how.rules:
-            return
-        rows = self.scores[:, :width].flatten()[start : start + len(logits)].isfinite().nonzero()[:, 0]
-        at = [divmod(start + row, width) for row in rows.tolist()]
-        counts = self.counts.tolist()
-        texts = [self.history[place, rank, : counts[place]].tolist() for place, rank in at]
-        requests = [pool.request for place, _ in at if (pool := self.pools[place]) is not None]
-        ruled = apply(self.how.rules, logits[rows], texts, requests)
-        possible = ruled.amax(1, keepdim=True) > -math.inf
-        into.index_copy_(0, rows, ruled.log_softmax(1).masked_fill(~possible, -math.inf))
-
-
-@torch.no_grad()
 def beam_search(
     logits: Float[Tensor, "sentences vocab"], steps: Steps, how: BeamSearch, max_new_tokens: int | Sequence[int]
 ) -> list[list[Decoded]]:
-    """The `nbest` best texts found for each sentence, best first; all sentences begin together."""
+    """The `nbest` best texts found for each sentence, best first."""
     limits = limits_of(max_new_tokens, logits.size(0), least=1)
-    beams = Beams(len(limits), how, max(limits, default=1), logits.device)
-    for place, limit in enumerate(limits):
-        beams.begin(place, place, limit)
-    results: dict[int, list[Decoded]] = {}
-    width = 1
-    while len(results) < len(limits):
-        results |= beams.advance([logits], width)
-        if live := beams.live:
-            places = torch.tensor(live, device=logits.device)
-            beams.keep(places)
-            steps.select((places[:, None] * width + beams.parents.clamp(max=width - 1)).flatten())
-            width = how.beam
-            logits = steps.step(beams.tokens.flatten())
+    results = search_in_parts(
+        [logits], lambda tokens: [steps.step(tokens)], steps.select, how, dict(enumerate(limits)), logits.device
+    )
     return [results[row] for row in range(len(limits))]
+
+
+@torch.no_grad()
+def search_in_parts(
+    logits: Iterable[Float[Tensor, "rows vocab"]],
+    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "rows vocab"]]],
+    select: Callable[[Int[Tensor, " kept"]], None],
+    how: BeamSearch,
+    limits: Mapping[int, int],
+    device: torch.device | None = None,
+) -> dict[int, list[Decoded]]:
+    """`beam_search` over logits that come in parts, of some sentences each; limits and results by request."""
+    beams, results = Beams(limits, how, device), dict[int, list[Decoded]]()
+    while len(results) < len(limits):
+        width = beams.scores.size(1)
+        results |= beams.advance(logits)
+        if beams.pools:
+            select((beams.live[:, None] * width + beams.parents).flatten())
+            logits = step(beams.tokens.flatten())
+    return results
 
 
 def _continuations(
@@ -219,12 +207,12 @@ def _continuations(
     if maxima is None:
         found, index = largest((scores[..., None] + log_probs.view(sentences, width, vocab)).flatten(1), count)
         return found, index // vocab, index % vocab
-    num_blocks = maxima.size(1) * width
-    by_block = scores.repeat_interleave(maxima.size(1), 1)  # [sentences, width · blocks]
-    chosen = largest(maxima.view(sentences, -1) + by_block, count)[1].sort(1).values  # in order, so that ties stay so
-    starts = torch.arange(0, sentences * num_blocks, num_blocks, device=chosen.device)
+    num_blocks = maxima.size(1)
+    by_block = (maxima.view(sentences, width, num_blocks) + scores[..., None]).flatten(1)
+    chosen = largest(by_block, count)[1].sort(1).values  # in order, so that ties stay so
+    starts = torch.arange(0, sentences * width * num_blocks, width * num_blocks, device=chosen.device)
     picked = log_probs.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten()).view(sentences, -1, BLOCK)
-    found, place = largest(picked.add_(by_block.gather(1, chosen)[..., None]).flatten(1), count)
+    found, place = largest(picked.add_(scores.gather(1, chosen // num_blocks)[..., None]).flatten(1), count)
     index = chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
     return found, index // vocab, index % vocab
 

@@ -27,9 +27,9 @@ class Place(NamedTuple):
     positions: Int[Tensor, "rows new"]
     length: int
     """Keys that are read of each row, those of this step included."""
-    at: Int[Tensor, " tokens_and_heads"]
-    """Where the step's keys and values are written."""
-    bias: Float[Tensor, "rows 1 new length"]
+    at: Int[Tensor, " tokens_and_heads"] | int
+    """Where the step's keys and values are written, or one position of all rows."""
+    bias: Float[Tensor, "#rows 1 new length"]
     """What hides the keys past each token: they weigh exactly nothing."""
 
 
@@ -62,19 +62,33 @@ class Held:
 
     def place(self, positions: Int[Tensor, "rows new"]) -> Place:
         """Where a step's tokens stand, after room has been made for them."""
-        length = round_up(int(positions.max()) + 1, LENGTH)
-        self.make_room(length)
+        length = self._length(int(positions.max()))
         rows, kv_heads, capacity = self.both.shape[2:5]
-        if length > capacity // 2:  # memory is read faster in one piece than in parts with gaps between them
-            length = capacity
         starts = torch.arange(0, rows * kv_heads * capacity, capacity).view(rows, 1, kv_heads)
         bias = (torch.arange(length) > positions[..., None]) * FORBIDDEN
         return Place(positions, length, (starts + positions[..., None]).flatten(), bias[:, None])
 
+    def place_together(self, position: int) -> Place:
+        """Where a step's tokens stand, one of each row, all of them at this position."""
+        length = self._length(position)
+        bias = (torch.arange(length) > position) * FORBIDDEN
+        return Place(torch.full((self.rows, 1), position), length, position, bias[None, None, None])
+
+    def _length(self, last: int) -> int:
+        """How many keys to read for a token at position `last`; there is room for them afterwards."""
+        length = round_up(last + 1, LENGTH)
+        self.make_room(length)
+        capacity = self.both.size(4)
+        # Memory is read faster in one piece than in parts with gaps between them.
+        return capacity if length > capacity // 2 else length
+
     def write(self, layer: int, place: Place, keys: Heads, values: Heads) -> None:
         """Write what a step's tokens give."""
         for part, new in zip(self.layers[layer], (keys, values), strict=True):
-            part.view(-1, part.size(2)).index_copy_(0, place.at, new)
+            if isinstance(place.at, int):
+                part[:, place.at] = new
+            else:
+                part.view(-1, part.size(2)).index_copy_(0, place.at, new)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of a layer, each [rows · kv_heads, length, width]."""
@@ -87,6 +101,7 @@ class Held:
             rows = torch.cat([rows, rows.new_zeros(least - len(rows))])
         self.hold(self.both.index_select(2, rows))
 
-    def copy(self, to: int, from_: int, length: int) -> None:
-        """Have row `to` hold the first `length` tokens of row `from_`."""
-        self.both[:, :, to, :, :length] = self.both[:, :, from_, :, :length]
+    def copy(self, to: Int[Tensor, " copies"], from_: Int[Tensor, " copies"], length: int) -> None:
+        """Have rows `to` hold the first `length` tokens of rows `from_`."""
+        part = self.both[:, :, :, :, :length]
+        part.index_copy_(2, to, part.index_select(2, from_))

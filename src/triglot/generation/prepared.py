@@ -286,13 +286,12 @@ class PreparedStack:
     def step(
         self,
         tokens: Int[Tensor, "rows new"],
-        positions: Int[Tensor, "rows new"],
+        place: Place,
         held: Held,
         memory: Memory | None = None,
     ) -> Float[Tensor, "tokens d_model"]:
-        """What stands before the projection once each row has read its next tokens, at their positions."""
-        place = held.place(positions)
-        x, turn = self.embed(tokens.flatten(), positions.flatten().clamp(max=self.stack.max_seq_length - 1))
+        """What stands before the projection once each row has read its next tokens, at their places."""
+        x, turn = self.embed(tokens.flatten(), place.positions.flatten().clamp(max=self.stack.max_seq_length - 1))
         for number, block in enumerate(self.blocks):
             x = block.step(x, held, number, place, turn, memory)
         return self.final_norm(x)
