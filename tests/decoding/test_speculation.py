@@ -68,9 +68,9 @@ def test_a_text_is_the_same_bits_with_drafts_of_any_quality(
     first, steps = start_texts(ready, asked, 80)
     plain = sorted(stream(first, steps, sampler, limits, eos_id=EOS, generator=generators()), key=lambda one: one.row)
     whole = {tuple(ids): ids + [t.id for t in plain if t.row == row] for row, ids in enumerate(asked)}
-    draft = NGrams() if lookup else Guesses(whole, draw)
+    drafts = [NGrams() if lookup else Guesses(whole, draw)] * len(asked)
     first, steps = start_texts(ready, asked, 80)
-    found = speculate(first, steps, sampler, limits, draft, asked, count=count, eos_id=EOS, generators=generators())
+    found = speculate(first, steps, sampler, limits, drafts, asked, count=count, eos_id=EOS, generators=generators())
     assert sorted(found, key=lambda one: one.row) == plain
 
 
@@ -97,7 +97,7 @@ def test_a_step_reads_all_right_guesses_at_once(prepared):
     def draft(text, count):
         return whole[len(text) : len(text) + count]
 
-    list(speculate(first, steps, Sampler(temperature=0.0), [25], draft, [prompt], generators=[torch.Generator()]))
+    list(speculate(first, steps, Sampler(temperature=0.0), [25], [draft], [prompt], generators=[torch.Generator()]))
     assert calls == [5, 5, 5, 5, 4]
 
 
@@ -107,4 +107,4 @@ def test_numbers_below_one_are_refused(prepared):
     first, steps = start_texts(prepared["int8"], [[3]], 60)
     generators = [torch.Generator()]
     with pytest.raises(ConfigError, match="count` must be at least 1"):
-        list(speculate(first, steps, Sampler(), [1], NGrams(), [[3]], count=0, generators=generators))
+        list(speculate(first, steps, Sampler(), [1], [NGrams()], [[3]], count=0, generators=generators))

@@ -89,6 +89,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text, when it is whole.")] = False,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
     past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
+    speculate: Annotated[int, typer.Option(help="Guess so many tokens a step; the text stays the same.")] = 0,
+    draft: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Whose model guesses; else the text before.", show_default=False)
+    ] = None,
     precision: InPrecision = Precision.fp32,
     which: Which = "best",
     device: Device = None,
@@ -117,8 +121,10 @@ def generate(
         "regex": regex,
         "grammar": grammar and _read(grammar),
         "past_context": past_context.value,
+        "speculate": speculate,
     }
-    engine = load(run, which=which, device=device_of(device), precision=precision.value)
+    require(speculate > 0 or draft is None, "--draft", "left out without --speculate", draft, ConfigError)
+    engine = load(run, which=which, device=device_of(device), precision=precision.value, draft=draft)
 
     def show(prompt: str, seed: int) -> None:
         if as_json:

@@ -168,7 +168,7 @@ def _stream(
         allowed = masked(logits, banned)
         if rules:
             allowed = apply(rules, allowed, [texts[row] for row in live], live)
-            _refuse_dead_ends(allowed, live, made)
+            refuse_dead_ends(allowed, live, made)
         tokens = sampler(allowed, [generator[row] for row in live] if isinstance(generator, Sequence) else generator)
         log_probs = allowed.log_softmax(1)
         chosen, made = tokens.tolist(), made + 1
@@ -177,19 +177,19 @@ def _stream(
                 texts[row].append(token)
         own = log_probs.gather(1, tokens[:, None])[:, 0].tolist()
         if top_logprobs:
-            yield from map(Token, live, chosen, own, _alternatives(log_probs, top_logprobs))
+            yield from map(Token, live, chosen, own, alternatives(log_probs, top_logprobs))
         else:
             yield from map(Token, live, chosen, own)
 
 
-def _alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tuple[tuple[int, float], ...]]:
+def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tuple[tuple[int, float], ...]]:
     """The `count` likeliest ids of each row, falling, with their log-probabilities; fewer where fewer are possible."""
     values, ids = (part.tolist() for part in largest(log_probs, count))
     pairs = [zip(*of_row, strict=True) for of_row in zip(ids, values, strict=True)]
     return [tuple(pair for pair in of_row if pair[1] > -math.inf) for of_row in pairs]
 
 
-def _refuse_dead_ends(logits: Float[Tensor, "rows vocab"], requests: Sequence[int], count: int) -> None:
+def refuse_dead_ends(logits: Float[Tensor, "rows vocab"], requests: Sequence[int], count: int) -> None:
     """ConfigError for a row without any token, of a text of `count` tokens."""
     for request, best in zip(requests, logits.amax(1).tolist(), strict=True):
         name = f"the number of tokens that the rules leave text {request} after {count}"

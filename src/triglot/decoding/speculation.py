@@ -5,15 +5,16 @@ row's own generator, and compared with the draft (the exact form of Leviathan et
 numbers). A wrong draft costs a little time, never the text.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Steps, Token, masked
+from triglot.decoding.search import Steps, Token, alternatives, masked, refuse_dead_ends
 from triglot.errors import ConfigError, require
 
 
@@ -65,17 +66,21 @@ def speculate(
     steps: SteppingBack,
     sampler: Sampler,
     limits: Sequence[int],
-    draft: Draft,
+    drafts: Sequence[Draft],
     prompts: Sequence[Sequence[int]],
     *,
     count: int = 4,
     eos_id: int | None = None,
     banned: Sequence[int] = (),
+    rules: Sequence[Rule] = (),
     generators: Sequence[torch.Generator],
+    top_logprobs: int = 0,
+    stopped: Container[int] = (),
 ) -> Iterator[Token]:
-    """What `search.stream` yields for each row, with up to `count` drafted tokens read along at each step."""
+    """What `search.stream` yields for each row, with up to `count` tokens of its draft read along at each step."""
     require(count >= 1, "count", "at least 1", count, ConfigError)
-    texts = [list(prompt) for prompt in prompts]
+    choose = _Chooser(sampler, eos_id, banned, rules, top_logprobs)
+    texts: list[list[int]] = [[] for _ in prompts]
     left, live = list(limits), [row for row, limit in enumerate(limits) if limit > 0]
     if len(live) < len(limits):
         steps.select(torch.tensor(live, dtype=torch.long))
@@ -85,41 +90,57 @@ def speculate(
     while live:
         kept = []  # of each row: how many of its guesses came true
         for place, row in enumerate(live):
-            tokens = list(
-                _choose(after[place], guesses[place], row, sampler, left[row], eos_id, banned, generators[row])
-            )
-            yield from tokens
-            texts[row] += [token.id for token in tokens]
-            left[row] = 0 if texts[row][-1] == eos_id else left[row] - len(tokens)
-            kept.append(len(tokens) - 1)
+            began = len(texts[row])
+            for token in choose(after[place], guesses[place], row, texts[row], left[row], generators[row]):
+                yield token
+                if row in stopped:
+                    break
+            made = len(texts[row]) - began
+            left[row] = 0 if texts[row][-1] == eos_id or row in stopped else left[row] - made
+            kept.append(made - 1)
         read = after.size(1) - 1
         steps.forget(torch.tensor([read - number for number in kept]))
         going = [place for place, row in enumerate(live) if left[row]]
         if len(going) < len(live):
             steps.select(torch.tensor(going, dtype=torch.long))
             live = [live[place] for place in going]
-        guesses = [draft(texts[row], min(count, left[row] - 1)) if left[row] > 1 else [] for row in live]
+        guesses = [
+            drafts[row]([*prompts[row], *texts[row]], min(count, left[row] - 1)) if left[row] > 1 else []
+            for row in live
+        ]
         width = 1 + max(map(len, guesses), default=0)
         if live:
             fed = [[texts[row][-1], *guess] for row, guess in zip(live, guesses, strict=True)]
             after = steps.extend(torch.tensor([one + one[-1:] * (width - len(one)) for one in fed]))
 
 
-def _choose(
-    logits: Float[Tensor, "new vocab"],
-    guesses: Sequence[int],
-    row: int,
-    sampler: Sampler,
-    limit: int,
-    eos_id: int | None,
-    banned: Sequence[int],
-    generator: torch.Generator,
-) -> Iterator[Token]:
-    """A row's next tokens: one after each guess that came true."""
-    for number in range(min(len(guesses) + 1, limit)):
-        allowed = masked(logits[number : number + 1], banned)
-        chosen = sampler(allowed, [generator])
-        token = int(chosen)
-        yield Token(row, token, allowed.log_softmax(1)[0, token].item())
-        if number == len(guesses) or token != guesses[number] or token == eos_id:
-            return
+class _Chooser(NamedTuple):
+    """Chooses a row's next tokens, as `search.stream` would."""
+
+    sampler: Sampler
+    eos_id: int | None
+    banned: Sequence[int]
+    rules: Sequence[Rule]
+    top_logprobs: int
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "new vocab"],
+        guesses: Sequence[int],
+        row: int,
+        text: list[int],
+        limit: int,
+        generator: torch.Generator,
+    ) -> Iterator[Token]:
+        """One token after each guess that came true; `text` grows by each."""
+        for number in range(min(len(guesses) + 1, limit)):
+            allowed = masked(logits[number : number + 1], self.banned)
+            if self.rules:
+                allowed = apply(self.rules, allowed, [text], [row])
+                refuse_dead_ends(allowed, [row], len(text))
+            token, log_probs = int(self.sampler(allowed, [generator])), allowed.log_softmax(1)
+            text.append(token)
+            told = alternatives(log_probs, self.top_logprobs)[0] if self.top_logprobs else ()
+            yield Token(row, token, log_probs[0, token].item(), told)
+            if number == len(guesses) or token != guesses[number] or token == self.eos_id:
+                return

@@ -32,12 +32,14 @@ def load(
     dtype: torch.dtype | None = None,
     precision: Precision = "fp32",
     workers: int | None = None,
+    draft: str | Path | None = None,
 ) -> "Engine":
     """The engine of a run's checkpoint `which`: best, last, or a number of steps.
 
     Without `device` it is on the GPU if there is one. `precision` is that of decoding: on a processor the weights are
     packed for it, on a GPU bf16 is the type of the model and int8 is refused. With `workers` above 1 so many processes
-    translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`).
+    translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
+    run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +51,8 @@ def load(
         fits = on_processor and dtype in (None, torch.float32)
         require(fits, "workers", "1 unless the model is on a processor, in fp32", workers, ConfigError)
         pool = Workers(partial(sentences.worker_search, Path(run), which, precision), workers)
-    return Engine(*load_model(Path(run), which, device, dtype), precision=precision, workers=pool)
+    guesses = None if draft is None else Ready(*load_model(Path(draft), "best", device), precision)
+    return Engine(*load_model(Path(run), which, device, dtype), precision=precision, workers=pool, draft=guesses)
 
 
 class Engine:
@@ -66,9 +69,10 @@ class Engine:
         *,
         precision: Precision = "fp32",
         workers: Workers | None = None,
+        draft: Ready | None = None,
     ) -> None:
         self.model, self.config, self.tokenizers = model, config, tokenizers
-        self._ready = Ready(model, config, tokenizers, precision)
+        self._ready = Ready(model, config, tokenizers, precision, draft)
         self._workers = workers
         self._find = partial(sentences.search_all, self._ready) if workers is None else workers.search
 

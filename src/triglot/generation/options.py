@@ -75,6 +75,8 @@ class Sampling:
     top_logprobs: int = 0
     """So many alternatives are told of each token."""
     past_context: PastContext = "error"
+    speculate: int = 0
+    """So many tokens are guessed at each step and read together; the text stays the same."""
 
     def __post_init__(self) -> None:
         _ = self.sampler  # which checks its own
@@ -92,6 +94,7 @@ class Sampling:
         _require(len(forms) <= 1, "json_schema, regex and grammar", "one at most", forms)
         _require(self.n >= 1, "n", "at least 1", self.n)
         _require(self.top_logprobs >= 0, "top_logprobs", "at least 0", self.top_logprobs)
+        _require(self.speculate >= 0, "speculate", "at least 0", self.speculate)
         known = get_args(PastContext)
         _require(self.past_context in known, "past_context", "error or slide", self.past_context)
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from triglot.config import RunConfig
+from triglot.decoding.speculation import Draft, NGrams
 from triglot.errors import ConfigError, require
+from triglot.generation.drafts import ModelDraft
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
@@ -27,7 +29,14 @@ class Ready:
     Its weights must not change then. Other devices and types decode with the model as it is.
     """
 
-    def __init__(self, model: Model, config: RunConfig, tokenizers: Tokenizers, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: RunConfig,
+        tokenizers: Tokenizers,
+        precision: Precision = "fp32",
+        draft: "Ready | None" = None,
+    ) -> None:
         known = ", ".join(get_args(Precision))
         require(precision in get_args(Precision), "precision", f"one of {known}", precision, ConfigError)
         self.model, self.config, self.tokenizers, self.precision = model, config, tokenizers, precision
@@ -35,6 +44,16 @@ class Ready:
         self._can_be_prepared = weight.device.type == "cpu" and weight.dtype == torch.float32
         rule = "fp32 unless the model is on a processor, in fp32"
         require(self._can_be_prepared or precision == "fp32", "precision", rule, precision, ConfigError)
+        if draft is not None:
+            _ = self.writer, draft.writer
+            own, other = (one.target for one in (tokenizers, draft.tokenizers))
+            same = [own.token_bytes(id) for id in range(own.vocab_size)] == [
+                other.token_bytes(id) for id in range(other.vocab_size)
+            ]
+            rule, value = "the model's own tokens", "others"
+            require(same, "the draft's vocabulary", rule, value, ConfigError)
+            require(self._can_be_prepared, "draft", "None unless the model is on a processor, in fp32", draft)
+        self.draft = draft
 
     @cached_property
     def prepared(self) -> Prepared | None:
@@ -42,6 +61,14 @@ class Ready:
         if not self._can_be_prepared:
             return None
         return Prepared(self.model, self.precision, banned_ids(self.tokenizers.target))
+
+    def guesser(self) -> Draft:
+        """What guesses how one text goes on: the draft model, or what followed in the text before."""
+        rule = "0 unless the model is on a processor, in fp32"
+        require(self._can_be_prepared, "speculate", rule, "more", ConfigError)
+        if self.draft is None or self.draft.prepared is None:
+            return NGrams()
+        return ModelDraft(self.draft.prepared)
 
     @property
     def banned(self) -> Sequence[int]:

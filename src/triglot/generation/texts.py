@@ -4,7 +4,8 @@ A text goes on from the last half of the context when its own is full, whenever 
 does not depend on its company.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from triglot.decoding.rules import Rule, Within
 from triglot.decoding.search import Steps, Token, stream
+from triglot.decoding.speculation import SteppingBack, speculate
 from triglot.errors import ConfigError, require
 from triglot.generation.options import Sampling
 from triglot.generation.ready import Ready, batches, pad
@@ -113,7 +115,7 @@ def write_all(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Seque
 @torch.no_grad()
 def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> Iterator[str]:
     """Write texts to their ends, side by side; pieces of text as they come, some of them empty."""
-    window, sampler = ready.writer.max_len, how.sampler
+    window = ready.writer.max_len
     while numbers := [number for number, one in enumerate(drafts) if one.ended is None]:
         live = [drafts[number] for number in numbers]
         contexts = [list(one.context(window)) for one in live]
@@ -121,24 +123,42 @@ def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[
         before = [list(one.ids) for one in live]
         first, steps = _start(ready, contexts, limits)
         stopped = set[int]()
-        tokens = stream(
-            first,
-            steps,
-            sampler,
-            limits,
-            eos_id=Tokenizer.eos_id,
-            banned=ready.banned,
-            rules=[Within(rule, numbers, before) for rule in rules],
-            generator=[one.generator for one in live],
-            top_logprobs=how.top_logprobs,
-            stopped=stopped,
-        )
+        own = [Within(rule, numbers, before) for rule in rules]
+        tokens = _tokens(ready, how, first, steps, limits, contexts, own, [one.generator for one in live], stopped)
         for token in tokens:
             draft = live[token.row]
             piece = draft.take(token)
             if draft.ended is not None:
                 stopped.add(token.row)
             yield piece
+
+
+def _tokens(
+    ready: Ready,
+    how: Sampling,
+    first: Float[Tensor, "texts vocab"],
+    steps: Steps,
+    limits: Sequence[int],
+    contexts: Sequence[Sequence[int]],
+    rules: Sequence[Rule],
+    generators: Sequence[torch.Generator],
+    stopped: Container[int],
+) -> Iterator[Token]:
+    """Tokens of all texts as they are chosen, with guesses or without."""
+    shared: dict[str, Any] = {
+        "eos_id": Tokenizer.eos_id,
+        "banned": ready.banned,
+        "rules": rules,
+        "top_logprobs": how.top_logprobs,
+        "stopped": stopped,
+    }
+    if not how.speculate:
+        return stream(first, steps, how.sampler, limits, generator=generators, **shared)
+    drafts = [ready.guesser() for _ in contexts]
+    assert isinstance(steps, SteppingBack)
+    return speculate(
+        first, steps, how.sampler, limits, drafts, contexts, count=how.speculate, generators=generators, **shared
+    )
 
 
 def _start(

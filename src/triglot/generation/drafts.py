@@ -1,0 +1,42 @@
+"""A smaller model that guesses how a text goes on."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from triglot.generation.prepared import Prepared
+from triglot.generation.steps import TextSteps, start_texts
+
+
+class ModelDraft:
+    """What a model with the same tokens finds likeliest (`decoding.speculation.Draft`), for one growing text.
+
+    Of a text that goes on from the one before, only what is new is read.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.window = prepared, prepared.decoder.stack.max_seq_length
+        self.read: list[int] = []
+        self.steps: TextSteps | None = None
+
+    @torch.no_grad()
+    def __call__(self, text: Sequence[int], count: int) -> list[int]:
+        """The `count` likeliest tokens, each given those before it; none beyond the model's context."""
+        text, guesses = list(text), list[int]()
+        if len(text) + count > self.window:
+            return []
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.read, text, strict=False))
+        known = min(sum(1 for _ in same), len(text) - 1)
+        if self.steps is None or known == 0:
+            logits, self.steps = start_texts(self.prepared, [text], self.window)
+        else:
+            self.steps.forget(torch.tensor([len(self.read) - known]))
+            logits = self.steps.extend(torch.tensor([text[known:]]))[:, -1]
+        while True:
+            guesses.append(int(logits.argmax()))
+            if len(guesses) == count:
+                break
+            logits = self.steps.step(torch.tensor(guesses[-1:]))
+        self.read = text + guesses[:-1]
+        return guesses
