@@ -7,6 +7,7 @@ weights. Every side takes the best of its settings (precision, workers and threa
 
 import argparse
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -241,13 +242,20 @@ def transformers_texts(shape: str, rows: int) -> Work:
     return work
 
 
-def text_settings(shape: str, rows: int) -> dict[str, dict[str, Callable[[], Work]]]:
-    """Everyone's settings."""
+def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, Callable[[], Work]]]:
+    """Everyone's settings; the others have none of 4 bits."""
     return {
-        "triglot": {one: partial(our_texts, shape, rows, one) for one in ("int8",)},
+        "triglot": {precision: partial(our_texts, shape, rows, precision)},
         "transformers": {"fp32": partial(transformers_texts, shape, rows)},
-        "CTranslate2": {one: partial(ctranslate2_texts, shape, rows, one) for one in ("int8",)},
+        "CTranslate2": {one: partial(ctranslate2_texts, shape, rows, one) for one in ("int8", "int8_bfloat16")},
     }
+
+
+def share_of_bandwidth(shape: str, precision: Any, tokens_per_second: float) -> Row:
+    """Bytes of weights that are read a second beside what the machine reads at most."""
+    read, rate = Prepared(SHAPES[shape](), precision).num_bytes * tokens_per_second, measure.read_rate()
+    name = f"text: {shape}, batch 1, {precision}: weights read, of the memory's bandwidth"
+    return {"name": name, "ours": read / 1e9, "peer": rate / 1e9, "ratio": read / rate, "unit": "GB/s", "runs": 5}
 
 
 # What is measured
@@ -258,12 +266,14 @@ def settings(section: str, options: argparse.Namespace) -> dict[str, dict[str, C
     kind, _, rest = section.partition(": ")
     if kind == "translation":
         return translation_settings(options, int(rest.removeprefix("beam ")))
-    shape, _, rows = rest.partition(", batch ")
-    return text_settings(shape, int(rows))
+    shape, rows, precision = rest.split(", ")
+    return text_settings(shape, int(rows.removeprefix("batch ")), precision)
 
 
 SECTIONS = ["translation: beam 5", "translation: beam 1"] + [
-    f"text: {shape}, batch {rows}" for shape in SHAPES for rows in (1, 8)
+    f"text: {shape}, batch {rows}, {precision}"
+    for shape in SHAPES
+    for rows, precision in ((1, "int8"), (8, "int8"), (1, "int4"))
 ]
 
 
@@ -304,7 +314,13 @@ def section_rows(section: str, options: argparse.Namespace) -> list[Row]:
         one.end()
     title = f"{section}, AVX2" if options.laptop else section
     ours = next((name for name in found if name.startswith("triglot")), None)
-    return measure.rows(title, found, ours, "tokens/s") if ours else []
+    if ours is None:
+        return []
+    rows = measure.rows(title, found, ours, "tokens/s")
+    if ", batch 1" in section and not options.laptop:
+        shape, _, precision = section.removeprefix("text: ").split(", ")
+        rows.append(share_of_bandwidth(shape, precision, statistics.median(found[ours])))
+    return rows
 
 
 def bests(section: str, options: argparse.Namespace, side: Callable[[str, str], measure.Side]) -> dict[str, str]:

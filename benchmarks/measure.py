@@ -116,6 +116,17 @@ def matmul_rate(dtype: torch.dtype, size: int = 1536, rounds: int = 20) -> float
     return 2 * size**3 / best
 
 
+def read_rate(megabytes: int = 512, rounds: int = 20) -> float:
+    """Bytes per second that all cores together read from memory; the best of some, since noise only slows."""
+    numbers = torch.ones(megabytes * 2**18)
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - began)
+    return numbers.nbytes / best
+
+
 def peak_memory() -> int:
     """The most bytes that this process ever held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -62,7 +62,8 @@ def test_a_draft_model_guesses_its_own_greedy_text_whatever_it_was_asked_before(
             read.append(guess)
         kept = int(torch.randint(0, count + 1, (), generator=draw))
         text = [*text, *guesses[:kept], 9][-20:]
-    assert draft([5] * 36, 2) == []
+    longer = torch.randint(3, 90, (50,), generator=draw).tolist()
+    assert draft(longer, 3) == ModelDraft(writer._ready.prepared)(longer[-18:], 3)
 
 
 def test_what_can_not_guess_is_refused(make, writer):

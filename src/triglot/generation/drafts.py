@@ -12,20 +12,24 @@ from triglot.generation.steps import TextSteps, start_texts
 class ModelDraft:
     """What a model with the same tokens finds likeliest (`decoding.speculation.Draft`), for one growing text.
 
-    Of a text that goes on from the one before, only what is new is read.
+    Of a text that goes on from the one before, only what is new is read; of one that is longer than the model's context,
+    only its end.
     """
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.window = prepared, prepared.decoder.stack.max_seq_length
+        self.begin = 0
+        """How much of the text's beginning is left out."""
         self.read: list[int] = []
         self.steps: TextSteps | None = None
 
     @torch.no_grad()
     def __call__(self, text: Sequence[int], count: int) -> list[int]:
-        """The `count` likeliest tokens, each given those before it; none beyond the model's context."""
-        text, guesses = list(text), list[int]()
-        if len(text) + count > self.window:
-            return []
+        """The `count` likeliest tokens, each given those before it, as far as the context has room for them."""
+        if len(text) - self.begin + count > self.window or self.begin >= len(text):
+            self.begin = max(0, len(text) - max(1, self.window // 2))
+        text, guesses = list(text[self.begin :]), list[int]()
+        count = min(count, self.window - len(text))
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.read, text, strict=False))
         known = min(sum(1 for _ in same), len(text) - 1)
         if self.steps is None or known == 0:
