@@ -12,8 +12,8 @@ from triglot.generation.steps import TextSteps, start_texts
 class ModelDraft:
     """What a model with the same tokens finds likeliest (`decoding.speculation.Draft`), for one growing text.
 
-    Of a text that goes on from the one before, only what is new is read; of one that is longer than the model's context,
-    only its end.
+    Of a text that goes on from the one before, only what is new is read; of one that outgrows the model's context, only
+    its end.
     """
 
     def __init__(self, prepared: Prepared) -> None:
