@@ -22,7 +22,7 @@ from triglot.layers.attention import MultiHeadAttention
 from triglot.layers.feed_forward import Activation, PointwiseFeedForward, activate
 from triglot.layers.moe import MixtureOfExperts, choose
 from triglot.layers.norm import Residual
-from triglot.layers.packed import Packed, Packer, Precision, pack
+from triglot.layers.packed import Packed, PackedFloat, Packer, Precision, pack
 from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
@@ -175,7 +175,11 @@ class PreparedFeedForward:
         self.inner, self.outer, self.activation = inner, outer, activation
 
     def __call__(self, x: Hidden) -> Hidden:
-        return self.outer(activate(self.inner(x), self.activation))
+        inner, both = self.inner, isinstance(self.inner, PackedFloat) and isinstance(self.outer, PackedFloat)
+        if both and self.activation == "relu":  # which is the same in bf16
+            assert isinstance(inner, PackedFloat)
+            return self.outer(inner.narrow(x).relu_())
+        return self.outer(activate(inner(x), self.activation))
 
 
 class PreparedExperts:
@@ -324,6 +328,12 @@ class Prepared:
         bias[list(banned)] = -math.inf
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
         self.least_rows, self.num_bytes = packer.least_rows, packer.num_bytes + self.head.num_bytes
+
+    @property
+    def bytes_held(self) -> int:
+        """Of a position's keys and values."""
+        stack = self.decoder.stack
+        return 2 * 4 * len(stack.layers) * stack.num_kv_heads * max(stack.head_dim, WIDTH)
 
     def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
         """What follows `hidden`."""

@@ -1,5 +1,6 @@
 """Decoding token by token with a prepared model: what the searches work over."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,14 +15,14 @@ from triglot.layers.attend import FORBIDDEN
 
 SPARSE = 0.8
 """Rows are moved together when no more than this share of them is in use."""
-ROWS = 640
+ROWS = 1024
 """Hypotheses that are read together at most."""
-POSITIONS = 65_536
-"""Positions, of all hypotheses and their sources, whose keys and values are held at a time."""
+HELD_BYTES = 2**29
+"""Of keys and values, if all hypotheses that are read together were as long as they may be."""
 ENCODED = 2048
 """Tokens that are encoded together at most, so that they stay in the cache."""
-TOGETHER = 32
-"""Rows whose logits are made and used at a time, so that they stay in the cache."""
+TOGETHER = 128
+"""Rows whose logits are made and used at a time: so many do not leave the cache in between."""
 
 
 class SentenceSteps:
@@ -101,8 +102,9 @@ def search(
     order = sorted(range(len(sources)), key=lambda row: len(sources[row]), reverse=True)
     results: dict[int, list[Decoded]] = {}
     while order:
-        most = how.beam * (len(sources[order[0]]) + max(limits))
-        some = places or max(1, min(ROWS // how.beam, POSITIONS // most))
+        positions = how.beam * max(limits) + len(sources[order[0]])
+        some = places or max(1, min(ROWS // how.beam, HELD_BYTES // (positions * prepared.bytes_held)))
+        some = math.ceil(len(order) / math.ceil(len(order) / some))  # no small rest
         rows, order = order[:some], order[some:]
         longest = max(limits[row] for row in rows)
         steps = SentenceSteps(prepared, [sources[row] for row in rows], how.beam, longest)

@@ -64,7 +64,11 @@ class PackedFloat:
         self.num_bytes = self.weight.nbytes
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).float()[:, : self.outputs]
+        return self.narrow(x).float()
+
+    def narrow(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        """The same in the weights' own type."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)[:, : self.outputs]
 
 
 class PackedInt8:
