@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import exports, measure
 from benchmarks.measure import Row, Work
+from triglot.allocator import keep_freed_memory
 from triglot.checkpoint import load_model
 from triglot.config import BlockOptions
 from triglot.data.corpus import read_lines
@@ -29,7 +30,6 @@ from triglot.generation.ready import banned_ids
 from triglot.generation.steps import search, start_texts
 from triglot.generation.workers import Search, Workers
 from triglot.models.decoder_only import DecoderLLM
-from triglot.training.allocator import keep_freed_memory
 
 BOS, EOS = exports.BOS, exports.EOS
 LIMIT = 100

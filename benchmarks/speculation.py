@@ -15,9 +15,9 @@ import torch
 import triglot
 from benchmarks import measure
 from benchmarks.measure import Row
+from triglot.allocator import keep_freed_memory
 from triglot.generation.engine import Engine
 from triglot.generation.steps import TextSteps
-from triglot.training.allocator import keep_freed_memory
 
 
 def prompts_of(text: str, number: int, length: int) -> list[str]:

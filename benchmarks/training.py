@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.measure import Row, Work
+from triglot.allocator import keep_freed_memory
 from triglot.checkpoint import Progress
 from triglot.config import BlockOptions, DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from triglot.data.batch import IGNORED, Batch, LanguageBatch, PairBatch, num_targets
@@ -28,7 +29,6 @@ from triglot.distributed.team import Team
 from triglot.layers.masks import create_padding_mask
 from triglot.models.factory import build_model
 from triglot.objective import Objective, to_device
-from triglot.training.allocator import keep_freed_memory
 from triglot.training.compiling import compile_blocks
 from triglot.training.metrics import MetricsLog, Silent
 from triglot.training.optim import make_optimizer

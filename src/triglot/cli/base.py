@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from triglot.allocator import keep_freed_memory
 from triglot.errors import ConfigError, TriglotError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -79,11 +80,12 @@ def _version(wanted: bool) -> bool:
 
 @app.callback()
 def _main(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
     """Encoder–decoders, language models and mixtures of experts: train, use and explain them."""
+    keep_freed_memory()
 
 
 def device_of(wanted: str | None) -> str:

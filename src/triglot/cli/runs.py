@@ -103,7 +103,6 @@ def train(
     from triglot.evaluation import score_translations
     from triglot.insight.curves import draw
     from triglot.insight.progress import Bar
-    from triglot.training.allocator import keep_freed_memory
     from triglot.training.metrics import MetricsLog
     from triglot.training.session import train
 
@@ -112,7 +111,6 @@ def train(
         from triglot.training.board import Board
 
         log = Board
-    keep_freed_memory()
     run = out or Path("runs") / path.stem
     evaluators = [score_translations] if config.train.keep_best != "loss" else []
     where = device_of(device)

@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch
 
+from triglot.allocator import keep_freed_memory
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.rules import Within
 from triglot.decoding.search import Decoded
@@ -25,6 +26,7 @@ _searches: list[Search] = []
 
 def _start(make: Callable[[], Search]) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     _searches[:] = [make()]
 
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from triglot.training import allocator
+from triglot import allocator
 
 REPORT = """
 import resource, torch
-from triglot.training.allocator import keep_freed_memory
+from triglot.allocator import keep_freed_memory
 assert {keep} is False or keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

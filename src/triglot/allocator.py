@@ -1,4 +1,4 @@
-"""Memory that a step frees is kept for the next one."""
+"""Memory that a step, of training or of decoding, frees is kept for the next one."""
 
 import ctypes
 import platform
@@ -9,8 +9,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def keep_freed_memory() -> bool:
     """Have glibc keep what is freed for the rest of the process; whether it does.
 
-    By default it gives every large block back to the system at once, and a training step, which makes the same tensors
-    as the one before, waits for the same pages to be mapped and zeroed again.
+    By default it gives every large block back to the system at once, and a step, which makes the same tensors as the
+    one before, waits for the same pages to be mapped and zeroed again.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
