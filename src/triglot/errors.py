@@ -11,6 +11,17 @@ class ConfigError(TriglotError, ValueError):
     """A recipe, an option or an argument is not usable."""
 
 
+class DeadEndError(ConfigError):
+    """Rules leave a text nothing to go on with: number `request` of a search, or what `text` says."""
+
+    def __init__(self, request: int, text: str | None = None) -> None:
+        super().__init__(request, text)  # as they are, so that it can be sent between processes
+        self.request, self.text = request, text or f"text {request}"
+
+    def __str__(self) -> str:
+        return f"`the number of tokens that the rules leave {self.text}` must be at least 1, but is 0 instead."
+
+
 class DataError(TriglotError, ValueError):
     """A text, a file of pairs or a data set is not usable."""
 

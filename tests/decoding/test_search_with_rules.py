@@ -200,11 +200,11 @@ def test_impossible_rules_are_an_error_that_says_where():
     rules: list[Rule] = [ForcedPrefix([[3, 4], [5]]), BannedWords([[3, 4]])]
     with pytest.raises(ConfigError) as refusal:
         run(made, rules, 7)
-    told = "`the number of tokens that the rules leave text 0 after 1` must be at least 1, but is 0 instead."
+    told = "`the number of tokens that the rules leave text 0` must be at least 1, but is 0 instead."
     assert str(refusal.value) == told
     with pytest.raises(ConfigError) as refusal:
         run_beam(made, rules, 7, beam=3)
-    told = "`the number of texts that the rules leave sentence 0` must be at least 1, but is 0 instead."
+    told = "`the number of tokens that the rules leave text 0` must be at least 1, but is 0 instead."
     assert str(refusal.value) == told
 
 

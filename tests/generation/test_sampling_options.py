@@ -191,8 +191,11 @@ def test_what_is_written_follows_its_form_past_the_context_too(writer, past_cont
 
 def test_a_form_that_a_ban_leaves_nothing_of_is_told(writer):
     pytest.importorskip("llguidance")
-    with pytest.raises(ConfigError, match="the rules leave text 0 after 1` must be at least 1, but is 0"):
+    told = "`the number of tokens that the rules leave the text after prompt 1` must be at least 1, but is 0 instead"
+    with pytest.raises(ConfigError, match=told):
         writer.generate(["x"], regex="ab", banned_words=["b"])
+    with pytest.raises(ConfigError, match=told.replace("prompt 1", "prompt 2")):
+        writer.generate(["x" * 36, "y"], regex="ab", banned_words=["b"], n=2, past_context="slide", min_new_tokens=1)
 
 
 def test_a_top_k_past_the_vocabulary_keeps_all(writer):

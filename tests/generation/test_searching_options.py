@@ -208,8 +208,8 @@ def test_alternatives_are_of_a_line_and_one_at_least(translator):
 
 
 def test_a_beginning_that_is_banned_is_told(translator):
-    with pytest.raises(ConfigError, match="`the number of texts that the rules leave sentence 1` must be at least 1"):
-        translator.translate(["a", "b"], prefixes=["x", "y"], banned_words=["y"])
+    with pytest.raises(ConfigError, match="`the number of tokens that the rules leave line 9` must be at least 1"):
+        translator.translate(["a", "", "b"], prefixes=["x", "", "y"], banned_words=["y"], first_line=7)
 
 
 def test_weights_that_are_no_numbers_are_told(make):

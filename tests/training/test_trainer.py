@@ -212,6 +212,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, number
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested

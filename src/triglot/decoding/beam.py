@@ -15,7 +15,7 @@ from torch import Tensor
 from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import BLOCK, largest
 from triglot.decoding.search import Decoded, Lengths, Steps, limits_of, masked, normalised
-from triglot.errors import CheckpointError, ConfigError, require
+from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class BeamSearch:
     With `patience` a sentence ends when beam · patience texts, and at least `nbest`, have finished instead (Kasai et
     al. 2022; 1 is the usual first come, first served).
     Where fewer than `nbest` finished in time, live texts follow, marked as truncated. `banned` ids never come. Rules
-    know the sentences as their requests; a text that they leave no token is dropped, and ConfigError says so where a
+    know the sentences as their requests; a text that they leave no token is dropped, and DeadEndError says so where a
     sentence has no other.
     """
 
@@ -150,8 +150,8 @@ class Beams:
         for sentence, pool in enumerate(self.pools):
             if complete[sentence]:
                 pool.fill(self.history[sentence, :, : self.count], self.sums[sentence, :, : self.count])
-                name = f"the number of texts that the rules leave sentence {pool.request}"
-                require(bool(pool.best), name, "at least 1", 0, ConfigError)
+                if not pool.best:
+                    raise DeadEndError(pool.request)
                 results[pool.request] = pool.best
         self.live = torch.tensor([not one for one in complete], device=self.scores.device).nonzero()[:, 0]
         if results:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import Generators, Sampler, largest
-from triglot.errors import CheckpointError, ConfigError, require
+from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
 Lengths = Literal["power", "gnmt"]
 """What Σ log p of n tokens is divided by: n^α, or ((5 + n) / 6)^α (Wu et al. 2016, eq. 14)."""
@@ -101,7 +101,7 @@ def stream(
     A row ends with `eos_id`, which is yielded, or after its `max_new_tokens`, and leaves the batch then; so does one
     that the caller has put among the `stopped`, having seen its last token. `banned` ids never come. With one generator
     for each row, a row's tokens do not depend on its batch mates. `top_logprobs` is the number of alternatives told of
-    each token, where so many are possible. Rules know the rows as their requests; ConfigError where they leave one no
+    each token, where so many are possible. Rules know the rows as their requests; DeadEndError where they leave one no
     token.
     """
     limits = limits_of(max_new_tokens, logits.size(0), least=0)
@@ -168,7 +168,7 @@ def _stream(
         allowed = masked(logits, banned)
         if rules:
             allowed = apply(rules, allowed, [texts[row] for row in live], live)
-            refuse_dead_ends(allowed, live, made)
+            refuse_dead_ends(allowed, live)
         tokens = sampler(allowed, [generator[row] for row in live] if isinstance(generator, Sequence) else generator)
         log_probs = allowed.log_softmax(1)
         chosen, made = tokens.tolist(), made + 1
@@ -189,11 +189,11 @@ def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tup
     return [tuple(pair for pair in of_row if pair[1] > -math.inf) for of_row in pairs]
 
 
-def refuse_dead_ends(logits: Float[Tensor, "rows vocab"], requests: Sequence[int], count: int) -> None:
-    """ConfigError for a row without any token, of a text of `count` tokens."""
+def refuse_dead_ends(logits: Float[Tensor, "rows vocab"], requests: Sequence[int]) -> None:
+    """DeadEndError for a row without any token."""
     for request, best in zip(requests, logits.amax(1).tolist(), strict=True):
-        name = f"the number of tokens that the rules leave text {request} after {count}"
-        require(best > -math.inf, name, "at least 1", 0, ConfigError)
+        if best == -math.inf:
+            raise DeadEndError(request)
 
 
 def limits_of(max_new_tokens: int | Sequence[int], rows: int, least: int) -> list[int]:

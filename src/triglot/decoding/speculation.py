@@ -137,7 +137,7 @@ class _Chooser(NamedTuple):
             allowed = masked(logits[number : number + 1], self.banned)
             if self.rules:
                 allowed = apply(self.rules, allowed, [text], [row])
-                refuse_dead_ends(allowed, [row], len(text))
+                refuse_dead_ends(allowed, [row])
             token, log_probs = int(self.sampler(allowed, [generator])), allowed.log_softmax(1)
             text.append(token)
             told = alternatives(log_probs, self.top_logprobs)[0] if self.top_logprobs else ()

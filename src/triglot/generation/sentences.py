@@ -12,7 +12,7 @@ from triglot.checkpoint import load_model
 from triglot.decoding.beam import BeamSearch, beam_search
 from triglot.decoding.rules import Within
 from triglot.decoding.search import Decoded
-from triglot.errors import ConfigError, DataError, require
+from triglot.errors import ConfigError, DataError, DeadEndError, require
 from triglot.generation.alignment import align
 from triglot.generation.options import Searching
 from triglot.generation.ready import Ready, batches, pad
@@ -56,7 +56,12 @@ def translate(
         forced = [ids[row] for row in rows]
     search = how.search(ready.config.generation, ready.tokenizers.target, forced)
     results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[])] for _ in lines]
-    for row, texts in zip(rows, find([sources[row] for row in rows], search, limit), strict=True):
+    try:
+        found = find([sources[row] for row in rows], search, limit)
+    except DeadEndError as error:
+        row = rows[error.request]
+        raise DeadEndError(row, f"line {first_line + row}") from error
+    for row, texts in zip(rows, found, strict=True):
         results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in texts]
     return results
 
@@ -134,7 +139,10 @@ def search_all(ready: Ready, sources: list[list[int]], how: BeamSearch, limit: i
         steps = model.start(src, create_padding_mask(src), limit)
         first = steps.step(torch.full((len(batch),), Tokenizer.bos_id, device=src.device))
         own = replace(how, banned=ready.banned, rules=[Within(rule, batch) for rule in how.rules])
-        results |= zip(batch, beam_search(first, steps, own, limit), strict=True)
+        try:
+            results |= zip(batch, beam_search(first, steps, own, limit), strict=True)
+        except DeadEndError as error:
+            raise DeadEndError(batch[error.request]) from error
     return [results[row] for row in range(len(sources))]
 
 

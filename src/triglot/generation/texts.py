@@ -14,7 +14,7 @@ from torch import Tensor
 from triglot.decoding.rules import Rule, Within
 from triglot.decoding.search import Steps, Token, stream
 from triglot.decoding.speculation import SteppingBack, speculate
-from triglot.errors import ConfigError, require
+from triglot.errors import ConfigError, DeadEndError, require
 from triglot.generation.options import Sampling
 from triglot.generation.ready import Ready, batches, pad
 from triglot.generation.results import Ended, Generation
@@ -27,7 +27,9 @@ from triglot.tokenizer import Tokenizer
 class Draft:
     """A text that is being written."""
 
-    def __init__(self, prompt: Sequence[int], limit: int, seed: int, text: StoppingStream) -> None:
+    def __init__(self, number: int, prompt: Sequence[int], limit: int, seed: int, text: StoppingStream) -> None:
+        self.number = number
+        """Of its prompt, counted from 1."""
         self.limit, self.generator = limit, torch.Generator().manual_seed(seed)
         self.tokens: list[Token] = []
         self.ids: list[int] = []
@@ -82,8 +84,8 @@ def drafts_of(ready: Ready, prompts: Sequence[str], how: Sampling) -> tuple[list
     contexts = [ids for ids in contexts for _ in range(how.n)]
     tokenizer, seeds = ready.tokenizers.target, how.seeds(len(contexts))
     drafts = [
-        Draft(ids, limit, seed, StoppingStream(tokenizer, how.stop))
-        for ids, limit, seed in zip(contexts, limits, seeds, strict=True)
+        Draft(1 + place // how.n, ids, limit, seed, StoppingStream(tokenizer, how.stop))
+        for place, (ids, limit, seed) in enumerate(zip(contexts, limits, seeds, strict=True))
     ]
     return drafts, how.rules(tokenizer, contexts)
 
@@ -125,12 +127,15 @@ def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[
         stopped = set[int]()
         own = [Within(rule, numbers, before) for rule in rules]
         tokens = _tokens(ready, how, first, steps, limits, contexts, own, [one.generator for one in live], stopped)
-        for token in tokens:
-            draft = live[token.row]
-            piece = draft.take(token)
-            if draft.ended is not None:
-                stopped.add(token.row)
-            yield piece
+        try:
+            for token in tokens:
+                draft = live[token.row]
+                piece = draft.take(token)
+                if draft.ended is not None:
+                    stopped.add(token.row)
+                yield piece
+        except DeadEndError as error:
+            raise DeadEndError(error.request, f"the text after prompt {live[error.request].number}") from error
 
 
 def _tokens(

@@ -15,7 +15,7 @@ from triglot.allocator import keep_freed_memory
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.rules import Within
 from triglot.decoding.search import Decoded
-from triglot.errors import ConfigError, require
+from triglot.errors import ConfigError, DeadEndError, require
 
 Search = Callable[[list[list[int]], BeamSearch, int], list[list[Decoded]]]
 """The best texts of each source, of at most so many tokens."""
@@ -60,5 +60,8 @@ class Workers:
         ]
         results: dict[int, list[Decoded]] = {}
         for share, task in zip(shares, tasks, strict=True):
-            results |= zip(share, task.result(), strict=True)
+            try:
+                results |= zip(share, task.result(), strict=True)
+            except DeadEndError as error:
+                raise DeadEndError(share[error.request]) from error
         return [results[row] for row in range(len(sources))]
