@@ -111,6 +111,7 @@ def test_bleu_and_chrf_are_sacrebleus_own(tmp_path):
     assert "bs:50" in resampled["bleu_signature"]
     assert resampled["bleu"] == found["bleu"]
     assert resampled["bleu_ci95"] >= 0.0
+    assert {type(value) for value in resampled.values()} <= {float, int, str}  # what JSON can hold
     assert found["bleu_signature"] != found["chrf_signature"]
     assert found["sentences"] == len(PAIRS)
 

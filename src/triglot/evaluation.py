@@ -131,7 +131,7 @@ def translation_scores(
     }
     return {
         **{name: score.score for name, score in scores.items()},
-        **{f"{name}_ci95": score._ci for name, score in scores.items() if resamples > 1},
+        **{f"{name}_ci95": float(score._ci) for name, score in scores.items() if resamples > 1},
         "exact_match": exact_match(hypotheses, references),
         "sentences": len(examples),
         "bleu_signature": str(bleu.get_signature()),
