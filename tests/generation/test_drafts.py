@@ -75,5 +75,9 @@ def test_what_can_not_guess_is_refused(make, writer):
             writer.tokenizers,
             draft=Ready(other.model, other.config, other.tokenizers),
         )
+    half = make("decoder_only")
+    half.model.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="`speculate` must be 0 unless .* in fp32, but is 3 instead"):
+        Engine(half.model, half.config, half.tokenizers).generate(["a"], speculate=3)
     with pytest.raises(ConfigError, match="`speculate` must be at least 0, but is -1 instead"):
         writer.generate(["a"], speculate=-1)

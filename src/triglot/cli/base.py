@@ -80,7 +80,7 @@ def _version(wanted: bool) -> bool:
 
 @app.callback()
 def _main(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[  # noqa: ARG001 its callback has acted
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:

@@ -66,6 +66,8 @@ class Beams:
         self.history = torch.zeros(sentences, how.beam, longest, dtype=torch.long, device=device)
         self.sums = torch.zeros(sentences, how.beam, longest, device=device)  # the scores along each history
         self.pools = [_Pool(request, limit, how) for request, limit in limits.items()]
+        self.live = torch.arange(sentences, device=device)
+        """Of the sentences of the step before, those that go on."""
         self.log_probs: Tensor | None = None
 
     def advance(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> dict[int, list[Decoded]]:

@@ -175,10 +175,9 @@ class PreparedFeedForward:
         self.inner, self.outer, self.activation = inner, outer, activation
 
     def __call__(self, x: Hidden) -> Hidden:
-        inner, both = self.inner, isinstance(self.inner, PackedFloat) and isinstance(self.outer, PackedFloat)
-        if both and self.activation == "relu":  # which is the same in bf16
-            assert isinstance(inner, PackedFloat)
-            return self.outer(inner.narrow(x).relu_())
+        inner = self.inner
+        if self.activation == "relu" and isinstance(inner, PackedFloat) and isinstance(self.outer, PackedFloat):
+            return self.outer(F.relu(inner.narrow(x)))  # which is the same in bf16
         return self.outer(activate(inner(x), self.activation))
 
 

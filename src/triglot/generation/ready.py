@@ -50,9 +50,9 @@ class Ready:
             same = [own.token_bytes(id) for id in range(own.vocab_size)] == [
                 other.token_bytes(id) for id in range(other.vocab_size)
             ]
-            rule, value = "the model's own tokens", "others"
-            require(same, "the draft's vocabulary", rule, value, ConfigError)
-            require(self._can_be_prepared, "draft", "None unless the model is on a processor, in fp32", draft)
+            require(same, "the draft's vocabulary", "the model's own tokens", f"{other.vocab_size} others", ConfigError)
+            rule, value = "left out unless the model is on a processor, in fp32", draft.config.model.kind
+            require(self._can_be_prepared, "draft", rule, value, ConfigError)
         self.draft = draft
 
     @cached_property
@@ -62,10 +62,10 @@ class Ready:
             return None
         return Prepared(self.model, self.precision, banned_ids(self.tokenizers.target))
 
-    def guesser(self) -> Draft:
-        """What guesses how one text goes on: the draft model, or what followed in the text before."""
+    def guesser(self, count: int) -> Draft:
+        """What guesses `count` tokens of one text: the draft model, or what followed in the text before."""
         rule = "0 unless the model is on a processor, in fp32"
-        require(self._can_be_prepared, "speculate", rule, "more", ConfigError)
+        require(self._can_be_prepared, "speculate", rule, count, ConfigError)
         if self.draft is None or self.draft.prepared is None:
             return NGrams()
         return ModelDraft(self.draft.prepared)

@@ -159,7 +159,7 @@ def _tokens(
     }
     if not how.speculate:
         return stream(first, steps, how.sampler, limits, generator=generators, **shared)
-    drafts = [ready.guesser() for _ in contexts]
+    drafts = [ready.guesser(how.speculate) for _ in contexts]
     assert isinstance(steps, SteppingBack)
     return speculate(
         first, steps, how.sampler, limits, drafts, contexts, count=how.speculate, generators=generators, **shared
