@@ -433,7 +433,7 @@ def test_evaluate_translates_in_the_precision_asked_for(folder, monkeypatch):
     assert asked == ["int8"]
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:x", "meta"])
 def test_a_device_that_is_not_here_is_refused_in_one_line(folder, device):
     said = refuse("generate", folder / "writer", "--device", device)
     assert "`--device` must be one that is here, but is" in said
@@ -483,7 +483,19 @@ def test_runs_are_compared_in_the_terminal_and_on_a_page(folder, tmp_path):
     for said in ("writer", "translator", "finished", "model.kind", str(page)):
         assert said in output.replace("\n", " ")
     assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
-    assert "`--html` must be a file that is not there yet" in refuse("runs", folder, "--html", page)
+    succeed("runs", folder, "--html", page)
+
+
+@pytest.mark.parametrize("command", [["runs", "--html"], ["explain", "--text", "to be", "--out"]])
+def test_a_page_takes_the_place_of_an_older_one_and_of_nothing_else(folder, tmp_path, command):
+    (notes := tmp_path / "notes.html").write_text("<p>mine</p>")
+    name, *options = command
+    what = folder if name == "runs" else folder / "writer"
+    said = refuse(name, what, *options, notes)
+    assert f"{options[-1].lstrip('-')}` must be a new file, or a page written here" in said
+    assert notes.read_text() == "<p>mine</p>"
+    succeed(name, what, *options, tmp_path / "page.html")
+    succeed(name, what, *options, tmp_path / "page.html")
 
 
 def test_what_holds_no_run_or_was_not_measured_so_is_refused(folder, tmp_path, monkeypatch):

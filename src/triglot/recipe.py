@@ -108,7 +108,7 @@ def shipped_recipes() -> dict[str, Path]:
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a recipe in TOML and apply overrides of the form `train.max_steps=100`, values read as TOML or as text."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
     except OSError as error:
         raise ConfigError(f"`recipe` must be a file that can be read, but is {str(path)!r} instead.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

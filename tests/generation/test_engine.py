@@ -192,6 +192,19 @@ def test_a_text_is_no_list_of_texts(translator, writer):
             call("abc")
 
 
+def test_only_texts_are_texts():
+    with pytest.raises(ConfigError, match="`lines` must be a list of texts, but is None instead"):
+        ready.refuse_text("lines", ["abc", None])
+
+
+def test_a_seed_has_64_bits_and_the_next_one_after_the_last_is_the_first(writer):
+    for seed in (2**64, -1, [2**64]):
+        with pytest.raises(ConfigError, match=r"`seed` must be a whole number from 0 to 2\^64 − 1"):
+            writer.generate(["a"], seed=seed)
+    most = writer.generate(["a", "a"], seed=2**64 - 1)
+    assert most == writer.generate(["a", "a"], seed=[2**64 - 1, 0])
+
+
 def test_what_is_not_said_is_as_the_run_says(translator):
     lines = ["one", "two three", "a b c d"]
     how = translator.config.generation

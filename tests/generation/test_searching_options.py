@@ -73,13 +73,13 @@ def test_more_patience_finds_no_worse_translations(translator):
         assert list(of_row) == sorted(of_row)
     assert scores[0] != scores[1] != scores[2]
     assert scores[3] == scores[2]  # the bound ends a search only where nothing better can come
-    assert scores[1] == [row[0].score for row in translator.translate(lines, **how)]
+    assert scores[3] == [row[0].score for row in translator.translate(lines, **how)]
 
 
 def test_the_patience_of_a_run_is_in_its_recipe():
-    assert GenerationConfig().patience == 1.0
-    assert from_dict(GenerationConfig, {"patience": math.inf}).patience == math.inf
-    with pytest.raises(ConfigError, match="`patience` must be above 0, or inf, but is 0.0 instead"):
+    assert GenerationConfig().patience is None
+    assert from_dict(GenerationConfig, {"patience": 1}).patience == 1.0
+    with pytest.raises(ConfigError, match="`patience` must be above 0 and finite, but is 0.0 instead"):
         from_dict(GenerationConfig, {"patience": 0.0})
 
 
@@ -177,6 +177,10 @@ def test_the_last_token_of_the_longest_translation_is_aligned_too(translator):
         ({"beam": 2, "nbest": 3}, ConfigError, r"`nbest` must be between 1 and beam \(2\)"),
         ({"nbest": 0}, ConfigError, "`nbest` must be between 1 and beam"),
         ({"length_penalty": -1.0}, ConfigError, "`length_penalty` must be at least 0"),
+        ({"beam": 2.5}, ConfigError, "`beam` must be a whole number or None, but is 2.5"),
+        ({"beam": True}, ConfigError, "`beam` must be a whole number or None, but is True"),
+        ({"alignments": 1}, ConfigError, "`alignments` must be true or false, but is 1"),
+        ({"length_penalty": "1"}, ConfigError, "`length_penalty` must be a number or None, but is '1'"),
         ({"patience": 0.0}, ConfigError, "`patience` must be above 0, or inf, but is 0.0"),
         ({"max_new_tokens": 0}, ConfigError, "`max_new_tokens` must be at least 1, but is 0"),
         ({"min_new_tokens": -1}, ConfigError, "`min_new_tokens` must be at least 0"),
@@ -197,7 +201,7 @@ def test_what_can_not_be_is_refused_before_work_starts(translator, monkeypatch, 
 
 
 def test_alternatives_are_of_a_line_and_one_at_least(translator):
-    with pytest.raises(ConfigError, match="`count` must be at least 1"):
+    with pytest.raises(ConfigError, match="`count` must be between 1 and "):
         translator.alternatives("a", count=0)
     with pytest.raises(DataError, match="`line` must be no empty one"):
         translator.alternatives(" ")
@@ -283,5 +287,5 @@ def test_pairs_are_scored_by_the_engine(translator):
     assert scored[1] == translator.score(["c"], ["yz"])[0]
     with pytest.raises(DataError, match="`pair 8` must be at most 37"):
         translator.score(["a", "b" * 99], ["a", "b"], first=7)
-    with pytest.raises(ConfigError, match="the model of the run` must be one that continues texts"):
+    with pytest.raises(ConfigError, match="the model of the run` must be decoder_only to score a file"):
         translator.score_file("x")

@@ -97,7 +97,7 @@ def device_of(wanted: str | None) -> str:
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=local_device(torch.device(wanted)))
+        torch.zeros(1, device=local_device(torch.device(wanted))).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"`--device` must be one that is here, but is {wanted!r} instead ({reason}).") from error

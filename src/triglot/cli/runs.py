@@ -203,16 +203,20 @@ def runs(
         list[Path] | None, typer.Argument(metavar="[FOLDER]…", help="Runs, or folders of runs; runs by default.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page with their curves, too.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="A page with their curves, too; an older one is replaced.", show_default=False
+        ),
     ] = None,
     sort: Annotated[str, typer.Option(metavar="METRIC", help="loss, bleu, …: best first; or name, started.")] = "name",
 ) -> None:
     """Compare runs: what they reached, how far they are, and where their recipes differ."""
+    from triglot.insight.page import require_free
     from triglot.insight.runs import compare
     from triglot.insight.runs_page import write_page
 
-    rule = "a file that is not there yet, since nothing is overwritten"
-    require(html is None or not html.exists(), "--html", rule, str(html), ConfigError)
+    if html is not None:
+        require_free(html, "--html")
     found = compare(folders or [Path("runs")], sort=sort)
     if html is not None:
         typer.echo(write_page(found, html))

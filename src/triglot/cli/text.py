@@ -84,8 +84,8 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Text that follows it (Lark).", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
-    n: Annotated[int, typer.Option("--n", help="So many texts, as JSON.")] = 1,
-    top_logprobs: Annotated[int, typer.Option(help="So many alternatives of each token, as JSON.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="So many texts; with --json.")] = 1,
+    top_logprobs: Annotated[int, typer.Option(help="So many alternatives of each token; with --json.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text, when it is whole.")] = False,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
     past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
@@ -306,6 +306,6 @@ def _bias(given: str) -> tuple[int, float]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,4 +1,6 @@
-"""Raw text and pairs of lines from files, read as a stream: strict UTF-8, lines end with "\\n" and with nothing else.
+"""Raw text and pairs of lines from files, read as a stream of strict UTF-8.
+
+Lines end with "\\n" or with "\\r\\n", which is read as "\\n", and with nothing else; a byte order mark is no text.
 
 Joined, the documents are the text: with nothing between them by `file`, with "\\n" by `line`, with the blank lines by
 `paragraph`. In a token stream, an end and a begin token stand in the place of what was between two documents.
@@ -132,7 +134,7 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
 def read_blocks(path: Path) -> Iterator[str]:
     """The text of a file in pieces cut between words: encoded one by one, they give the ids of the whole."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line, rest, first = 1, "", True
+    line, rest, first, held = 1, "", True, ""
     with open_text(path) as file:
         while True:
             block = file.read(BLOCK)
@@ -141,8 +143,11 @@ def read_blocks(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, line + error.object[: error.start].count(b"\n"), error) from error
             line += block.count(b"\n")
-            rest += text.removeprefix("\ufeff") if first else text
-            first = first and not text
+            text, first = text.removeprefix("\ufeff") if first else text, first and not text
+            text, held = held + text, ""
+            if block and text.endswith("\r"):  # the "\n" of its line may come with the next block
+                text, held = text[:-1], "\r"
+            rest += text.replace("\r\n", "\n")
             if not block:
                 break
             cut = word_boundary(rest) or len(rest) * (len(rest) > 4 * BLOCK)

@@ -290,7 +290,9 @@ def _distinct(examples: Iterator[Example], number: int) -> list[Example]:
 
 
 def _root(data: DataConfig) -> Path:
-    return Path(data.root).expanduser()
+    root = Path(data.root).expanduser()
+    require(root.is_dir(), "data.root", "a folder", data.root, DataError)
+    return root
 
 
 def _digests(tokenizers: Tokenizers) -> dict[str, str]:

@@ -58,8 +58,8 @@ def read_manifest(folder: Path, made_from: Mapping[str, str]) -> dict[str, Any] 
         raise _damaged(folder, error) from error
     changed = sorted(key for key in before.keys() | made_from.keys() if before.get(key) != made_from.get(key))
     if changed:
-        told = f"its {', '.join(changed)} changed since"
-        raise DataError(f"the data must be what {folder} was made from, but {told} instead.")
+        remedy = "Bring the old data back to go on, or start a new run with the new one."
+        raise DataError(f"the data must be what {folder} was made from, but its {', '.join(changed)} changed. {remedy}")
     return manifest
 
 

@@ -41,6 +41,7 @@ def load(
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
     run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`.
     """
+    require(dtype is None or isinstance(dtype, torch.dtype), "dtype", "a torch.dtype", dtype, ConfigError)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on_processor = torch.device(device).type == "cpu"
@@ -178,5 +179,7 @@ class Engine:
 
     def score_file(self, path: str | Path, *, context: int | None = None) -> scoring.FileScore:
         """Perplexity and bits per byte of a whole file of running text; see `scoring.score_file`."""
+        kind, rule = self.config.model.kind, "decoder_only to score a file as one text; `score` has pairs"
+        require(kind == "decoder_only", "the model of the run", rule, kind, ConfigError)
         model, tokenizer = self._ready.writer, self.tokenizers.target
         return scoring.score_file(model, self.config, tokenizer, Path(path), context=context)

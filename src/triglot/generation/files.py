@@ -25,7 +25,8 @@ def lines_of(source: Path | None) -> Iterator[str]:
 def _standard_input() -> Iterator[str]:
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
-            yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            line = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            yield line.removeprefix("\ufeff") if number == 1 else line
         except UnicodeDecodeError as error:
             raise DataError(f"standard input, line {number}: the text must be UTF-8.") from error
 

@@ -1,9 +1,11 @@
 """What a caller may say about a text to be generated or translated, checked before any work."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from triglot.config import GenerationConfig
 from triglot.decoding.beam import BeamSearch
@@ -95,6 +97,9 @@ class Sampling:
         _require(self.n >= 1, "n", "at least 1", self.n)
         _require(self.top_logprobs >= 0, "top_logprobs", "at least 0", self.top_logprobs)
         _require(self.speculate >= 0, "speculate", "at least 0", self.speculate)
+        for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
+            fits = isinstance(seed, numbers.Integral) and 0 <= int(seed) < 2**64
+            _require(fits, "seed", "a whole number from 0 to 2^64 − 1", seed)
         known = get_args(PastContext)
         _require(self.past_context in known, "past_context", "error or slide", self.past_context)
 
@@ -111,8 +116,8 @@ class Sampling:
 
     def seeds(self, texts: int) -> list[int]:
         """The seed of each text."""
-        if isinstance(self.seed, int):
-            return [self.seed + number for number in range(texts)]
+        if not isinstance(self.seed, Sequence):
+            return [(int(self.seed) + number) % 2**64 for number in range(texts)]
         _require(len(self.seed) == texts, "seed", f"one number, or one for each of {texts} texts", len(self.seed))
         return list(self.seed)
 
@@ -192,17 +197,32 @@ class Searching:
             eos_id=tokenizer.eos_id,
             length_penalty=config.length_penalty if self.length_penalty is None else self.length_penalty,
             lengths=self.lengths,
-            patience=None if patience == math.inf else patience,  # the bound finds the same sooner
+            patience=None if patience == math.inf else patience,
             nbest=self.nbest,
             rules=rules,
         )
 
 
+KINDS: dict[Any, tuple[str, type]] = {
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+    bool: ("true or false", bool),
+    str: ("a text", str),
+    type(None): ("None", type(None)),
+}
+"""What a plain option is called, and what passes for it: NumPy's numbers, too."""
+
+
 def made(kind: type[T], options: Mapping[str, Any]) -> T:
-    """The options that a caller named; ConfigError for a name that there is not."""
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for name in options:
-        _require(name in known, "the option", f"one of {', '.join(known)}", name)
+    """The options that a caller named; ConfigError for a name that there is not, or a value of another type."""
+    hints = get_type_hints(kind)
+    for name, value in options.items():
+        _require(name in hints, "the option", f"one of {', '.join(hints)}", name)
+        parts = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+        if KINDS.keys() >= set(parts):
+            fits = isinstance(value, tuple(KINDS[part][1] for part in parts))
+            fits = fits and (bool in parts or not isinstance(value, bool))  # which are whole numbers to Python
+            _require(fits, name, " or ".join(KINDS[part][0] for part in parts), value)
     return kind(**options)
 
 

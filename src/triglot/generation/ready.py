@@ -98,9 +98,11 @@ def banned_ids(tokenizer: Tokenizer) -> list[int]:
     return [Tokenizer.pad_id, Tokenizer.bos_id, *tags]
 
 
-def refuse_text(name: str, texts: Sequence[str]) -> None:
-    """A text is a sequence of characters, each of which would pass for a text."""
+def refuse_text(name: str, texts: Sequence[object]) -> None:
+    """A text alone is a sequence of characters, each of which would pass for a text."""
     require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
+    for text in texts:
+        require(isinstance(text, str), name, "a list of texts", text, ConfigError)
 
 
 def pad(texts: Sequence[Sequence[int]], model: Model) -> Tensor:

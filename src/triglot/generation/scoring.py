@@ -18,6 +18,7 @@ from triglot.data.corpus import read_blocks
 from triglot.data.dataset import Windows
 from triglot.errors import ConfigError, DataError, require
 from triglot.generation.log_probs import Row, log_probs
+from triglot.generation.ready import refuse_text
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import score_batches
@@ -182,7 +183,7 @@ def prompt_ids(config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str]) 
 
 
 def _require_texts(name: str, texts: Sequence[str], count: int) -> None:
-    require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
+    refuse_text(name, texts)
     require(len(texts) == count, name, f"as many as what they belong to ({count})", len(texts), DataError)
 
 

@@ -15,7 +15,7 @@ from triglot.decoding.search import Decoded
 from triglot.errors import ConfigError, DataError, DeadEndError, require
 from triglot.generation.alignment import align
 from triglot.generation.options import Searching
-from triglot.generation.ready import Ready, batches, pad
+from triglot.generation.ready import Ready, banned_ids, batches, pad
 from triglot.generation.results import Alternative, Hypothesis
 from triglot.generation.steps import search
 from triglot.generation.workers import Search
@@ -70,7 +70,8 @@ def alternatives(
     ready: Ready, find: Search, line: str, prefix: str, count: int, how: Searching, tag: str | None
 ) -> list[Alternative]:
     """The `count` likeliest tokens after `prefix`, falling, each with the best translation that goes on with it."""
-    require(count >= 1, "count", "at least 1", count, ConfigError)
+    most = ready.tokenizers.target.vocab_size - len(banned_ids(ready.tokenizers.target))
+    require(1 <= count <= most, "count", f"between 1 and {most}, the tokens that can come", count, ConfigError)
     require(bool(line.strip()), "line", "no empty one", line, DataError)
     [source], target = sources_of(ready, [line], tag, how.too_long, 1), ready.tokenizers.target
     begun, limit = target.encode(prefix), limit_of(ready, how)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from triglot.checkpoint import find_checkpoint, load_model
 from triglot.errors import ConfigError, DataError, require
-from triglot.files import write_text
 from triglot.generation.alignment import best_layer, shifted, text_places
 from triglot.generation.engine import Engine
 from triglot.generation.scoring import prompt_ids
-from triglot.insight.page import Page, render
+from triglot.insight.page import Page, require_free, write
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.layers.moe import MixtureOfExperts, Routing
 from triglot.models.decoder_only import DecoderLLM
@@ -36,8 +35,10 @@ def explain(
 ) -> Path:
     """Write the page about `text` to `out`: as a language model reads it, or with its translation, found or given.
 
-    Raises DataError for a text that is empty or too long, ConfigError for a target or tag where there can be none.
+    Raises DataError for a text that is empty or too long, ConfigError for a target or tag where there can be none, and
+    where something else than a page of ours is in its place.
     """
+    require_free(out, "out")
     model, config, tokenizers = load_model(run, which)
     if isinstance(model, DecoderLLM):
         require(target is None, "target", "left out for a language model", target, ConfigError)
@@ -57,9 +58,7 @@ def explain(
     shape = f"{config.model.num_layers} layers, {config.model.num_heads} heads, width {config.model.d_model}"
     name = find_checkpoint(run, which).name
     page["facts"] += [["Model", f"{type(model).__name__}, {shape}"], ["Run", f"{run.resolve().name}, {name}"]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render("explain", page))
-    return out
+    return write("explain", page, out)
 
 
 # What the pages are made of

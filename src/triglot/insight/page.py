@@ -2,11 +2,30 @@
 
 import base64
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from triglot.errors import ConfigError, require
+from triglot.files import write_text
+
 Page = dict[str, Any]
+MADE_HERE = '<meta name="generator" content="Triglot">'
+
+
+def require_free(out: Path, option: str) -> None:
+    """ConfigError where a page must not be written: what is there is no page of ours."""
+    rule = "a new file, or a page written here before"
+    ours = out.is_file() and MADE_HERE.encode() in out.read_bytes()[:4096]
+    require(ours or not out.exists(), option, rule, str(out), ConfigError)
+
+
+def write(name: str, page: Page, out: Path) -> Path:
+    """Write a page, in the place of an older one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, render(name, page))
+    return out
 
 
 def render(name: str, page: Page) -> str:

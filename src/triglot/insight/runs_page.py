@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from triglot.files import write_text
 from triglot.insight.curves import smooth
-from triglot.insight.page import Page, render
+from triglot.insight.page import Page, write
 from triglot.insight.runs import WORDS, Comparison, Run
 
 Points = Sequence[tuple[float, float]]
@@ -26,9 +25,7 @@ def write_page(found: Comparison, out: Path) -> Path:
         "charts": charts(found.runs),
         **found._asdict(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render("runs", page))
-    return out
+    return write("runs", page, out)
 
 
 def charts(runs: Sequence[Run]) -> list[Page]:

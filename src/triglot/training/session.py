@@ -298,7 +298,9 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
     """
     if config.init.from_ is None:
         return config
-    initial = stored_config(Path(config.init.from_), None)
+    path = Path(config.init.from_)
+    require((path / "config.json").is_file(), "init.from", "a run's folder", config.init.from_, ConfigError)
+    initial = stored_config(path, None)
     here, there = flat(to_dict(config.model)), flat(to_dict(initial.model))
     rates = ("dropout", *(f"options.{kind}_dropout" for kind in ("attention", "activation", "embedding")))
     for key in sorted((here.keys() | there.keys()) - {"vocab_size", "src_vocab_size", *rates}):
