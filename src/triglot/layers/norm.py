@@ -78,5 +78,13 @@ class Residual(nn.Module):
 
     def forward(self, x: Hidden, sublayer: Callable[[Hidden], tuple[Hidden, Extra]]) -> tuple[Hidden, Extra]:
         output, extra = sublayer(self.norm(x) if self.pre else x)
-        x = x + self.dropout(output)
+        x = add(x, self.dropout(output))
         return x if self.pre else self.norm(x), extra
+
+
+def add(x: Hidden, output: Hidden) -> Hidden:
+    """x + output; of another type, the output is cast first and added to in its place, which PyTorch does in two."""
+    narrower = output.dtype != x.dtype == torch.promote_types(x.dtype, output.dtype)
+    if not narrower or x.device.type != "cpu":
+        return x + output
+    return output.to(x.dtype).add_(x)
