@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
-from triglot.decoding.sampling import BLOCK, largest
+from triglot.decoding.sampling import BLOCK, largest, log_sum_exp
 from triglot.decoding.search import Decoded, Lengths, Steps, limits_of, masked, normalised
 from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
@@ -68,7 +68,6 @@ class Beams:
         self.pools = [_Pool(request, limit, how) for request, limit in limits.items()]
         self.live = torch.arange(sentences, device=device)
         """Of the sentences of the step before, those that go on."""
-        self.log_probs: Tensor | None = None
 
     def advance(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> dict[int, list[Decoded]]:
         """Go on by a token each; the texts, best first, of those sentences that ended, by request.
@@ -97,40 +96,26 @@ class Beams:
     def _continuations(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
         """The 2·beam best of each sentence: scores, hypotheses, tokens.
 
-        log p is written where that of the step before was: a large new tensor would cost more than what is in it.
+        What is looked at of a part of the logits is taken out while it is in the cache, before the next one is made.
         """
-        first, maxima = 0, []
+        first, candidates = 0, list[_Candidates]()
         for part in logits:
-            if self.log_probs is None:
-                self.log_probs = part.new_empty(0, part.size(1), dtype=torch.float32)
-            if len(self.log_probs) < self.scores.numel():
-                self.log_probs = self.log_probs.new_empty(self.scores.numel(), part.size(1))
-            into = self.log_probs[first : first + len(part)]
-            self._write_log_probs(part, into, first)
-            if part.size(1) % BLOCK == 0:  # while they are in the cache
-                maxima.append(into.view(len(part), -1, BLOCK).amax(2))
-            first += len(part)
-        assert self.log_probs is not None
-        block_maxima = torch.cat(maxima) if maxima else None
-        return _continuations(self.scores, self.log_probs[:first], block_maxima, 2 * self.how.beam)
+            part = masked(part, self.how.banned) if self.how.banned else part.float()
+            if self.how.rules:
+                part = self._ruled(part, first)
+            rows, width = len(part), self.scores.size(1)
+            scores = self.scores[first // width : (first + rows) // width]
+            candidates.append(_candidates(scores, part, 2 * self.how.beam))
+            first += rows
+        return _best(candidates, 2 * self.how.beam)
 
-    def _write_log_probs(
-        self, logits: Float[Tensor, "some vocab"], into: Float[Tensor, "some vocab"], first: int
-    ) -> None:
-        """Write log p of what may follow the texts from row `first` on; rules see those alone that are possible.
-
-        A text to which they leave no token gets −∞ throughout, and so can not go on.
-        """
-        logits = masked(logits, self.how.banned) if self.how.banned else logits.float()
-        torch.log_softmax(logits, 1, out=into)
-        if not self.how.rules:
-            return
+    def _ruled(self, logits: Float[Tensor, "some vocab"], first: int) -> Float[Tensor, "some vocab"]:
+        """What rules leave of the logits after the texts from row `first` on; they see those that are possible."""
         rows = self.scores.flatten()[first : first + len(logits)].isfinite().nonzero()[:, 0]
         at = [divmod(first + row, self.scores.size(1)) for row in rows.tolist()]
         texts = [self.history[sentence, rank, : self.count].tolist() for sentence, rank in at]
         ruled = apply(self.how.rules, logits[rows], texts, [self.pools[sentence].request for sentence, _ in at])
-        possible = ruled.amax(1, keepdim=True) > -math.inf
-        into.index_copy_(0, rows, ruled.log_softmax(1).masked_fill(~possible, -math.inf))
+        return logits.index_copy(0, rows, ruled)
 
     def _finish(self, found: Tensor, parent: Tensor, ended: Tensor) -> None:
         """Move texts whose end token came to the pools of their sentences."""
@@ -195,28 +180,43 @@ def search_in_parts(
     return results
 
 
-def _continuations(
-    scores: Float[Tensor, "sentences width"],
-    log_probs: Float[Tensor, "rows vocab"],
-    maxima: Float[Tensor, "rows blocks"] | None,
-    count: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` best continuations of each sentence: scores, hypotheses, tokens; ties by hypothesis, then token.
+class _Candidates(NamedTuple):
+    """Continuations of some sentences, by blocks of tokens."""
 
-    They are among those blocks of tokens that have the largest maxima.
-    """
-    (sentences, width), vocab = scores.shape, log_probs.size(1)
-    if maxima is None:
-        found, index = largest((scores[..., None] + log_probs.view(sentences, width, vocab)).flatten(1), count)
-        return found, index // vocab, index % vocab
-    num_blocks = maxima.size(1)
-    by_block = (maxima.view(sentences, width, num_blocks) + scores[..., None]).flatten(1)
-    chosen = largest(by_block, count)[1].sort(1).values  # in order, so that ties stay so
-    starts = torch.arange(0, sentences * width * num_blocks, width * num_blocks, device=chosen.device)
-    picked = log_probs.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten()).view(sentences, -1, BLOCK)
-    found, place = largest(picked.add_(scores.gather(1, chosen // num_blocks)[..., None]).flatten(1), count)
-    index = chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
-    return found, index // vocab, index % vocab
+    scores: Float[Tensor, "sentences blocks block"]
+    chosen: Int[Tensor, "sentences blocks"]
+    """The blocks' numbers: those of the first hypothesis, of the second, …"""
+    num_blocks: int
+    """Of each hypothesis."""
+
+
+def _candidates(
+    scores: Float[Tensor, "sentences width"], logits: Float[Tensor, "rows vocab"], count: int
+) -> _Candidates:
+    """Those blocks of tokens that have the largest maxima: the `count` best continuations are among them."""
+    (sentences, width), (rows, vocab) = scores.shape, logits.shape
+    if vocab % BLOCK:
+        logits = F.pad(logits, (0, -vocab % BLOCK), value=-math.inf)
+    num_blocks = logits.size(1) // BLOCK
+    maxima = logits.view(rows, num_blocks, BLOCK).amax(2)
+    normaliser = log_sum_exp(logits, maxima)
+    by_block = (maxima - normaliser).view(sentences, width, num_blocks) + scores[..., None]
+    chosen = largest(by_block.flatten(1), count)[1].sort(1).values  # in order, so that ties stay so
+    starts = torch.arange(0, rows * num_blocks, width * num_blocks, device=chosen.device)
+    picked = logits.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten()).view(sentences, -1, BLOCK)
+    hypotheses = chosen // num_blocks
+    picked.sub_(normaliser.view(sentences, width).gather(1, hypotheses)[..., None])
+    return _Candidates(picked.add_(scores.gather(1, hypotheses)[..., None]), chosen, num_blocks)
+
+
+def _best(candidates: Sequence[_Candidates], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, hypotheses and tokens of the `count` best of each sentence; ties by hypothesis, then token."""
+    num_blocks = candidates[0].num_blocks
+    scores = torch.cat([some.scores for some in candidates])
+    chosen = torch.cat([some.chosen for some in candidates])
+    found, place = largest(scores.flatten(1), count)
+    number = chosen.gather(1, place // BLOCK)
+    return found, number // num_blocks, number % num_blocks * BLOCK + place % BLOCK
 
 
 def _differences(sums: list[float]) -> list[float]:

@@ -27,8 +27,8 @@ class Place(NamedTuple):
     positions: Int[Tensor, "rows new"]
     length: int
     """Keys that are read of each row, those of this step included."""
-    at: Int[Tensor, " tokens_and_heads"] | int
-    """Where the step's keys and values are written, or one position of all rows."""
+    at: Int[Tensor, " tokens_and_heads"]
+    """Where the step's keys and values are written."""
     bias: Float[Tensor, "#rows 1 new length"]
     """What hides the keys past each token: they weigh exactly nothing."""
 
@@ -61,47 +61,35 @@ class Held:
             self.hold(both)
 
     def place(self, positions: Int[Tensor, "rows new"]) -> Place:
-        """Where a step's tokens stand, after room has been made for them."""
-        length = self._length(int(positions.max()))
-        rows, kv_heads, capacity = self.both.shape[2:5]
-        starts = torch.arange(0, rows * kv_heads * capacity, capacity).view(rows, 1, kv_heads)
+        """Where a step's tokens stand, each row's behind one another, after room has been made for them."""
+        length = self.length_for(int(positions.max()))
         bias = (torch.arange(length) > positions[..., None]) * FORBIDDEN
-        return Place(positions, length, (starts + positions[..., None]).flatten(), bias[:, None])
+        return Place(positions, length, self.at(positions), bias[:, None])
 
-    def place_together(self, position: int) -> Place:
-        """Where a step's tokens stand, one of each row, all of them at this position."""
-        length = self._length(position)
-        bias = (torch.arange(length) > position) * FORBIDDEN
-        return Place(torch.full((self.rows, 1), position), length, position, bias[None, None, None])
-
-    def _length(self, last: int) -> int:
-        """How many keys to read for a token at position `last`; there is room for them afterwards."""
+    def length_for(self, last: int) -> int:
+        """How many keys to read where the last is the one in this place; there is room for them afterwards."""
         length = round_up(last + 1, LENGTH)
         self.make_room(length)
         capacity = self.both.size(4)
         # Memory is read faster in one piece than in parts with gaps between them.
         return capacity if length > capacity // 2 else length
 
+    def at(self, places: Int[Tensor, "rows new"]) -> Int[Tensor, " tokens_and_heads"]:
+        """Where keys and values of tokens in these places of their rows are, among those of a layer."""
+        rows, kv_heads, capacity = self.both.shape[2:5]
+        starts = torch.arange(0, rows * kv_heads * capacity, capacity).view(rows, 1, kv_heads)
+        return (starts + places[..., None]).flatten()
+
     def write(self, layer: int, place: Place, keys: Heads, values: Heads) -> None:
         """Write what a step's tokens give."""
         for part, new in zip(self.layers[layer], (keys, values), strict=True):
-            if isinstance(place.at, int):
-                part[:, place.at] = new
-            else:
-                part.view(-1, part.size(2)).index_copy_(0, place.at, new)
+            part.view(-1, part.size(2)).index_copy_(0, place.at, new)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of a layer, each [rows · kv_heads, length, width]."""
         keys, values = self.layers[layer]
         return keys[:, :length], values[:, :length]
 
-    def keep(self, rows: Int[Tensor, " kept"], least: int) -> None:
-        """Keep these rows, in this order, some of them perhaps twice, and no fewer rows than `least`."""
-        if len(rows) < least:
-            rows = torch.cat([rows, rows.new_zeros(least - len(rows))])
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these rows, in this order, some of them perhaps twice."""
         self.hold(self.both.index_select(2, rows))
-
-    def copy(self, to: Int[Tensor, " copies"], from_: Int[Tensor, " copies"], length: int) -> None:
-        """Have rows `to` hold the first `length` tokens of rows `from_`."""
-        part = self.both[:, :, :, :, :length]
-        part.index_copy_(2, to, part.index_select(2, from_))

@@ -100,9 +100,9 @@ class PreparedAttention:
         self.inner = packer.beside(parts, scale=self.head_dim**-0.5)
         self.outer = packer.beside([attention.output])
 
-    def project(self, x: Hidden, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [rows, heads, width]."""
-        heads = self.inner(x).view(len(x), -1, self.head_dim)
+    def project(self, x: Hidden, rows: int, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [rows, heads, width] of the first rows."""
+        heads = self.inner(x)[:rows].view(rows, -1, self.head_dim)
         both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
         if turn is not None:
             both = turned(both, turn)
@@ -111,9 +111,9 @@ class PreparedAttention:
 
     def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None) -> Hidden:
         """Rows are the next tokens of texts, as many of each text, behind one another."""
-        query, key, value = self.project(x, turn)
-        held.write(layer, place, key.reshape(-1, key.size(2)), value.reshape(-1, value.size(2)))
         (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
+        query, key, value = self.project(x, texts * new, turn)
+        held.write(layer, place, key.reshape(-1, key.size(2)), value.reshape(-1, value.size(2)))
         query = query.reshape(texts, new, self.kv_heads, groups, -1).transpose(1, 2)
         query = query.reshape(texts * self.kv_heads, new * groups, -1)
         bias = place.bias if new == 1 or groups == 1 else place.bias.repeat_interleave(groups, 2)
@@ -122,14 +122,14 @@ class PreparedAttention:
             bias = bias if new == 1 else F.pad(bias, (0, 0, 0, missing))
         mixed = attend(query, *held.read(layer, place.length), bias)[:, : new * groups, : self.head_dim]
         mixed = mixed.reshape(texts, self.kv_heads, new, groups, self.head_dim).transpose(1, 2)
-        return self.outer(mixed.reshape(len(x), -1))
+        return self.outer(at_least(mixed.reshape(texts * new, -1), len(x)))
 
     def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
         """Rows are whole texts, whose keys and values go to `held` [2, texts, kv_heads, length, width]."""
         texts, length = whole.texts, whole.length
         query, key, value = (
             part.view(texts, length, self.kv_heads, -1, part.size(2)).permute(0, 2, 3, 1, 4)
-            for part in self.project(x, turn)
+            for part in self.project(x, len(x), turn)
         )  # [texts, kv_heads, group, length, width]
         key, value = key[:, :, 0], value[:, :, 0]
         if held is not None:
@@ -177,7 +177,7 @@ class PreparedFeedForward:
     def __call__(self, x: Hidden) -> Hidden:
         inner = self.inner
         if self.activation == "relu" and isinstance(inner, PackedFloat) and isinstance(self.outer, PackedFloat):
-            return self.outer(F.relu(inner.narrow(x)))  # which is the same in bf16
+            return self.outer(inner.narrow(x, "relu"))  # which is the same in bf16
         return self.outer(activate(inner(x), self.activation))
 
 
@@ -269,7 +269,7 @@ class PreparedStack:
     """An encoder, a decoder, or a decoder-only model without its projection."""
 
     def __init__(self, stack: Stack, packer: Packer) -> None:
-        self.stack, self.embedding = stack, stack.embedding
+        self.stack, self.embedding, self.packer = stack, stack.embedding, packer
         self.blocks = [PreparedBlock(layer, packer) for layer in stack.layers]  # type: ignore[arg-type]
         self.final_norm = norm_of(stack.final_norm)
         self.turns = None if stack.embedding.rotary is None else turn_table(stack.embedding.rotary)
@@ -295,9 +295,10 @@ class PreparedStack:
     ) -> Float[Tensor, "tokens d_model"]:
         """What stands before the projection once each row has read its next tokens, at their places."""
         x, turn = self.embed(tokens.flatten(), place.positions.flatten().clamp(max=self.stack.max_seq_length - 1))
+        x = at_least(x, self.packer.least_rows)
         for number, block in enumerate(self.blocks):
             x = block.step(x, held, number, place, turn, memory)
-        return self.final_norm(x)
+        return self.final_norm(x[: tokens.numel()])
 
     def whole(self, tokens: Int[Tensor, "texts length"], bias: Tensor, held: Tensor | None = None) -> Hidden:
         """Read whole texts; their keys and values go to `held` [2, layers, texts, kv_heads, length, width]."""
@@ -326,7 +327,7 @@ class Prepared:
         bias[:vocab] = 0 if projection.bias is None else projection.bias.detach()
         bias[list(banned)] = -math.inf
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
-        self.least_rows, self.num_bytes = packer.least_rows, packer.num_bytes + self.head.num_bytes
+        self.num_bytes = packer.num_bytes + self.head.num_bytes
 
     @property
     def bytes_held(self) -> int:
@@ -334,16 +335,27 @@ class Prepared:
         stack = self.decoder.stack
         return 2 * 4 * len(stack.layers) * stack.num_kv_heads * max(stack.head_dim, WIDTH)
 
-    def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
-        """What follows `hidden`."""
-        return self.head(at_least(hidden, self.head.least_rows))[: len(hidden)]
+    def logits(
+        self, hidden: Hidden, out: Float[Tensor, "rows filled_up_vocab"] | None = None
+    ) -> Float[Tensor, "rows filled_up_vocab"]:
+        """What follows `hidden`, written to `out` if that is given."""
+        if len(hidden) >= self.head.least_rows:
+            return self.head(hidden, out)
+        found = self.head(at_least(hidden, self.head.least_rows))[: len(hidden)]
+        return found if out is None else out.copy_(found)
 
-    def hold(self, rows: int, most: int) -> Held:
-        """Room for `rows` texts of at most `most` tokens."""
+    @property
+    def vocab_size(self) -> int:
+        """Of what `logits` returns."""
+        return self.head.outputs
+
+    def hold(self, rows: int, most: int, beam: int | None = None) -> Held:
+        """Room for `rows` texts of at most `most` tokens; of sentences with `beam` hypotheses each, for all of them."""
         stack = self.decoder.stack
         require(most <= stack.max_seq_length, "length", f"at most {stack.length_name} ({stack.max_seq_length})", most)
-        queries = QUERIES if self.encoder is None else 1
-        return Held(len(stack.layers), max(rows, self.least_rows), stack.num_kv_heads, stack.head_dim, most, queries)
+        groups = self.decoder.blocks[0].self_attention.heads // stack.num_kv_heads
+        queries = QUERIES if beam is None else beam * groups
+        return Held(len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries)
 
     def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [2, layers, sources, kv_heads, length, width] of sources, and the bias that hides padding."""

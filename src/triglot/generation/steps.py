@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.decoding.beam import BeamSearch, search_in_parts
 from triglot.decoding.search import Decoded
-from triglot.generation.held import LENGTH, WIDTH, Held, round_up
+from triglot.generation.held import LENGTH, WIDTH, Held, Place, round_up
 from triglot.generation.prepared import Memory, Prepared
 from triglot.layers.attend import FORBIDDEN
 
@@ -28,49 +29,51 @@ TOGETHER = 128
 class SentenceSteps:
     """Hypotheses of sentences that begin together: one of each at first, then `beam`.
 
-    A hypothesis that goes on keeps its row, and another one that goes on from the same beginning is copied to a row of
-    its sentence that nobody has any more.
+    A sentence keeps the keys and values of all its hypotheses side by side, and each of them knows which are its own:
+    going on from a parent moves nothing but that, and new ones take the first places that belong to none any more.
     """
 
     def __init__(self, prepared: Prepared, sources: Sequence[Sequence[int]], beam: int, most: int) -> None:
-        self.prepared, self.beam, self.read = prepared, beam, 0
-        self.held = prepared.hold(len(sources), most)
+        self.prepared, self.beam, self.width, self.count = prepared, beam, 1, 0
+        self.held = prepared.hold(len(sources), most, beam)
         self.memory, self.bias = encode(prepared, sources)
-        self.rows = torch.arange(len(sources))[:, None]
-        """The row of each hypothesis, those of a sentence side by side."""
+        self.rows = torch.arange(len(sources))
+        """The row of each sentence that is still searched."""
+        self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
+        """Which places of its row belong to a hypothesis."""
 
     def step(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Float[Tensor, "rows filled_up_vocab"]]:
         """Feed each hypothesis its next token; logits of the one after, of some sentences each, −∞ for no token."""
-        width, rows = self.rows.size(1), self.rows.flatten()
-        placed = torch.zeros(self.held.rows, 1, dtype=torch.long)
-        placed[rows, 0] = tokens
+        given = tokens.view(len(self.rows), -1)
+        self.width = width = given.size(1)
+        placed = given.new_zeros(self.held.rows, width).index_copy_(0, self.rows, given)
         memory = Memory(self.memory[0], self.memory[1], self.bias, width)
-        hidden = self.prepared.decoder.step(placed, self.held.place_together(self.read), self.held, memory)
-        self.read += 1
-        some = max(1, TOGETHER // width) * width
-        return map(self.prepared.logits, hidden.index_select(0, rows).split(some))
+        hidden = self.prepared.decoder.step(placed, self._place(width), self.held, memory)
+        self.count += 1
+        hidden = hidden.view(self.held.rows, width, -1).index_select(0, self.rows).flatten(0, 1)
+        return map(self.prepared.logits, hidden.split(max(1, TOGETHER // width) * width))
+
+    def _place(self, new: int) -> Place:
+        """Where the next tokens stand; each attends to its hypothesis' own and to itself."""
+        own = F.pad(self.own, (0, new))
+        places = own.any(1).to(torch.uint8).sort(dim=1, stable=True).indices[:, :new]
+        own[:, :new].scatter_(2, places[..., None], True)
+        length = self.held.length_for(int(own.any(1).any(0).nonzero()[-1]))
+        self.own = F.pad(own, (0, length - own.size(2)))
+        bias = torch.where(self.own[:, None, :new], 0.0, FORBIDDEN)
+        return Place(torch.full_like(places, self.count), length, self.held.at(places), bias)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Have hypotheses go on from these, `beam` of each sentence that does, in this order."""
-        width, parents = self.rows.size(1), self.rows.flatten()[rows].view(-1, self.beam)
-        places = parents[:, 0] // width
-        if width == self.beam and len(places) > SPARSE * self.memory.size(2):
-            self.rows = self._rows_after(parents)
-            return
-        self.held.keep(parents.flatten(), self.prepared.least_rows)
-        self.memory, self.bias = self.memory.index_select(2, places), self.bias[places]
-        self.rows = torch.arange(parents.numel()).view_as(parents)
-
-    def _rows_after(self, parents: Int[Tensor, "sentences beam"]) -> Int[Tensor, "sentences beam"]:
-        """The row of each hypothesis, once those that need one of their own have been copied there."""
-        base = parents[:, :1] // self.beam * self.beam
-        local = parents - base
-        again = (local[:, :, None] == local[:, None]).tril(-1).any(2)  # an earlier hypothesis goes on in that row
-        free = torch.ones_like(local).scatter_(1, local, 0).argsort(dim=1, descending=True, stable=True)
-        nth = (again.cumsum(1) - 1).clamp_(min=0)
-        rows = torch.where(again, free.gather(1, nth), local) + base
-        self.held.copy(rows[again], parents[again], self.read)
-        return rows
+        chosen = rows.view(-1, self.beam)
+        kept, parents = self.rows[chosen[:, 0] // self.width], chosen % self.width
+        own = self.own[kept[:, None], parents]
+        if len(kept) <= SPARSE * self.memory.size(2):
+            self.held.keep(kept)
+            self.memory, self.bias = self.memory.index_select(2, kept), self.bias[kept]
+            kept = torch.arange(len(kept))
+        self.rows = kept
+        self.own = own.new_zeros(self.held.rows, *own.shape[1:]).index_copy_(0, kept, own)
 
 
 def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -146,13 +149,10 @@ class TextSteps:
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these texts, in this order; one may be taken more than once."""
-        chosen, few = self.rows[rows], max(self.prepared.least_rows, 1)
-        again = len(chosen.unique()) < len(chosen)
-        if again or (self.held.rows > few and len(chosen) <= SPARSE * self.held.rows):
-            self.held.keep(chosen, few)
-            ends = torch.zeros(self.held.rows, dtype=torch.long)
-            ends[: len(chosen)] = self.ends[chosen]
-            self.ends, chosen = ends, torch.arange(len(chosen))
+        chosen = self.rows[rows]
+        if len(chosen.unique()) < len(chosen) or len(chosen) <= SPARSE * self.held.rows:
+            self.held.keep(chosen)
+            self.ends, chosen = self.ends[chosen], torch.arange(len(chosen))
         else:
             ends = torch.zeros_like(self.ends)
             ends[chosen] = self.ends[chosen]

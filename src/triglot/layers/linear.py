@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 @cache
-def _adds_bias_itself() -> bool:
+def has_onednn() -> bool:
     """Whether oneDNN is here with products of bf16."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -20,7 +20,7 @@ def project(
     x: Float[Tensor, "*lead inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
 ) -> Float[Tensor, "*lead outputs"]:
     """x Wᵀ + b, all of one type, by the path that writes the result once; it has no gradient by itself."""
-    if bias is None or x.device.type != "cpu" or x.dtype != torch.bfloat16 or not _adds_bias_itself():
+    if bias is None or x.device.type != "cpu" or x.dtype != torch.bfloat16 or not has_onednn():
         return F.linear(x, weight, bias)
     projected: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return projected

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 
+from triglot.layers.linear import has_onednn
+
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Rows = Float[Tensor, "rows inputs"]
 ZERO = 128
@@ -48,12 +50,13 @@ class Packed(Protocol):
     """From so many rows on, a row's bits do not depend on the others."""
     num_bytes: int
     """What one product reads of weights."""
+    outputs: int
 
-    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]: ...
+    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]: ...
 
 
 class PackedFloat:
-    """Weights in fp32 or bf16."""
+    """Weights in fp32 or bf16; those of bf16 as oneDNN wants them, where it is here."""
 
     least_rows = LEAST_SIZE
 
@@ -61,14 +64,23 @@ class PackedFloat:
         self.outputs, missing = len(weight), max(0, LEAST_SIZE - len(weight))
         self.weight = F.pad(weight.to(dtype), (0, 0, 0, missing))
         self.bias = None if bias is None else F.pad(bias.to(dtype), (0, missing))
-        self.num_bytes = self.weight.nbytes
+        self.num_bytes, self.dtype = self.weight.nbytes, dtype
+        self.packed = dtype == torch.bfloat16 and self.weight.device.type == "cpu" and has_onednn()
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
-    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
-        return self.narrow(x).float()
+    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
+        return self.narrow(x).float() if out is None else out.copy_(self.narrow(x))
 
-    def narrow(self, x: Rows) -> Float[Tensor, "rows outputs"]:
-        """The same in the weights' own type."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)[:, : self.outputs]
+    def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
+        """The same in the weights' own type, activated."""
+        x = x.to(self.dtype)
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
+        else:
+            y = F.linear(x, self.weight, self.bias)
+            y = F.relu(y) if activation == "relu" else y
+        return y[:, : self.outputs]
 
 
 class PackedInt8:
@@ -79,18 +91,19 @@ class PackedInt8:
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
         largest = weight.float().abs().amax(1).clamp_min(LEAST)
         whole: Int8[Tensor, "outputs inputs"] = (weight * (127 / largest)[:, None]).round().to(torch.int8)
-        self.scale = largest / 127**2
+        self.scale, self.outputs = largest / 127**2, len(weight)
         self.bias = None if bias is None else bias.float()
         self.num_bytes = whole.nbytes
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
 
-    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
         whole, largest = quantise_rows(x)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
+        out = y if out is None else out
+        return torch.mul(y, largest, out=out) if self.bias is None else torch.addcmul(self.bias, y, largest, out=out)
 
 
 class PackedInt4:
@@ -106,12 +119,13 @@ class PackedInt4:
         self.packed = torch._convert_weight_to_int4pack_for_cpu(whole, 1)
         scales = torch.cat([step, low + 8 * step], 2).transpose(0, 1)  # the product takes 8 off each number
         self.scales = scales.to(torch.bfloat16).contiguous()
-        self.bias = None if bias is None else bias.float()
+        self.bias, self.outputs = None if bias is None else bias.float(), len(weight)
         self.num_bytes = self.packed.nbytes + self.scales.nbytes
 
-    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
         y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self.packed, GROUP, self.scales).float()
-        return y if self.bias is None else y.add_(self.bias)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y if out is None else out.copy_(y)
 
     @staticmethod
     def takes(weight: Float[Tensor, "outputs inputs"]) -> bool:
