@@ -56,8 +56,8 @@ class Held:
         capacity = self.both.size(4)
         if length > capacity:  # tight, since what is not read still parts what is
             longer = min(round_up(max(length, capacity * 5 // 4), LENGTH), max(self.most, round_up(length, LENGTH)))
-            both = self.both.new_zeros(*self.both.shape[:4], longer, self.both.size(5))
-            both[:, :, :, :, :capacity] = self.both
+            both = self.both.new_empty(*self.both.shape[:4], longer, self.both.size(5))
+            both[:, :, :, :, :capacity], both[:, :, :, :, capacity:] = self.both, 0  # what weighs nothing is a number
             self.hold(both)
 
     def place(self, positions: Int[Tensor, "rows new"]) -> Place:

@@ -22,7 +22,7 @@ HELD_BYTES = 2**29
 """Of keys and values, if all hypotheses that are read together were as long as they may be."""
 ENCODED = 2048
 """Tokens that are encoded together at most, so that they stay in the cache."""
-TOGETHER = 128
+TOGETHER = 256
 """Rows whose logits are made and used at a time: so many do not leave the cache in between."""
 
 
@@ -83,12 +83,13 @@ def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor
     """
     stack, lengths = prepared.decoder.stack, torch.tensor([round_up(len(ids), LENGTH) for ids in sources])
     most, width = int(lengths.max()), max(stack.head_dim, WIDTH)
-    memory = torch.zeros(2, len(stack.layers), len(sources), stack.num_kv_heads, most, width)
+    memory = torch.empty(2, len(stack.layers), len(sources), stack.num_kv_heads, most, width)
     bias = torch.full((len(sources), 1, 1, most), FORBIDDEN)
     for length in lengths.unique().tolist():
         for at in (lengths == length).nonzero()[:, 0].split(max(1, ENCODED // length)):
             found = prepared.encode([sources[row] for row in at.tolist()], length)
             memory[:, :, at, :, :length], bias[at, :, :, :length] = found
+            memory[:, :, at, :, length:] = 0
     return memory, bias
 
 
