@@ -18,6 +18,8 @@ Precision = Literal["fp32", "bf16", "int8", "int4"]
 Rows = Float[Tensor, "rows inputs"]
 ZERO = 128
 """What stands for 0 in a quantised row."""
+_MOST, _UP, _SIGN = torch.tensor(127.0), torch.tensor(ZERO + 0.5), torch.tensor(-128, dtype=torch.int8)
+# Tensors, since a small operation with a number of Python's takes twice as long.
 GROUP = 32
 """Weights that share a scale where they have four bits."""
 SMALL = 2**17
@@ -38,7 +40,7 @@ class QuantisedRows(NamedTuple):
 def quantise_rows(x: Rows) -> QuantisedRows:
     """Each row divided by its largest magnitude, which becomes 127."""
     largest = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-    whole = (x * (127 / largest)).add_(ZERO + 0.5).to(torch.uint8)  # the cast cuts, hence the half
+    whole = (x * (_MOST / largest)).add_(_UP).to(torch.uint8)  # the cast cuts, hence the half
     return QuantisedRows(whole, largest)
 
 
@@ -84,7 +86,11 @@ class PackedFloat:
 
 
 class PackedInt8:
-    """Weights as whole numbers from −127 to 127, with a scale for each output, times rows quantised as they come."""
+    """Weights as whole numbers from −127 to 127, with a scale for each output, times rows quantised as they come.
+
+    They are held twice: as the products of many rows want them, and as they are. A single row is multiplied with those
+    at the rate at which memory can be read, in two thirds of the time, and to the same bits.
+    """
 
     least_rows = 1
 
@@ -96,12 +102,17 @@ class PackedInt8:
         self.num_bytes = whole.nbytes
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
+        self.columns = whole.T
 
     def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
         whole, largest = quantise_rows(x)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        y: Tensor
+        if len(x) == 1:
+            y = torch._int_mm(whole.view(torch.int8).bitwise_xor(_SIGN), self.columns) * self.scale
+        else:
+            y = torch.ops.onednn.qlinear_pointwise(
+                whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
         out = y if out is None else out
         return torch.mul(y, largest, out=out) if self.bias is None else torch.addcmul(self.bias, y, largest, out=out)
 
