@@ -357,8 +357,10 @@ class Prepared:
         queries = QUERIES if beam is None else beam * groups
         return Held(len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries)
 
-    def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [2, layers, sources, kv_heads, length, width] of sources, and the bias that hides padding."""
+    def encode(
+        self, sources: Sequence[Sequence[int]], length: int
+    ) -> tuple[list[Float[Tensor, "2 sources kv_heads length width"]], Float[Tensor, "sources 1 1 length"]]:
+        """Keys and values that each layer has of sources, and the bias that hides padding."""
         assert self.encoder is not None
         tokens = torch.zeros(len(sources), length, dtype=torch.long)
         for row, ids in enumerate(sources):
@@ -366,5 +368,5 @@ class Prepared:
         ends = torch.tensor([len(ids) for ids in sources])
         bias = ((torch.arange(length) >= ends[:, None]) * FORBIDDEN)[:, None, None]
         memory = self.encoder.whole(tokens, bias)
-        read = [block.memory.read(memory, len(sources)) for block in self.decoder.blocks if block.memory is not None]
-        return torch.stack(read, 1), bias
+        layers = [block.memory for block in self.decoder.blocks if block.memory is not None]
+        return [layer.read(memory, len(sources)) for layer in layers], bias

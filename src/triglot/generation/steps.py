@@ -20,6 +20,8 @@ ROWS = 1024
 """Hypotheses that are read together at most."""
 HELD_BYTES = 2**29
 """Of keys and values, if all hypotheses that are read together were as long as they may be."""
+SOURCE = 4
+"""Sources are encoded in multiples of this, but not below LENGTH."""
 ENCODED = 2048
 """Tokens that are encoded together at most, so that they stay in the cache."""
 TOGETHER = 256
@@ -81,14 +83,16 @@ def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor
 
     A source is encoded beside others of its own length, filled up, alone.
     """
-    stack, lengths = prepared.decoder.stack, torch.tensor([round_up(len(ids), LENGTH) for ids in sources])
-    most, width = int(lengths.max()), max(stack.head_dim, WIDTH)
+    stack = prepared.decoder.stack
+    lengths = torch.tensor([max(LENGTH, round_up(len(ids), SOURCE)) for ids in sources])
+    most, width = round_up(int(lengths.max()), LENGTH), max(stack.head_dim, WIDTH)
     memory = torch.empty(2, len(stack.layers), len(sources), stack.num_kv_heads, most, width)
     bias = torch.full((len(sources), 1, 1, most), FORBIDDEN)
     for length in lengths.unique().tolist():
         for at in (lengths == length).nonzero()[:, 0].split(max(1, ENCODED // length)):
-            found = prepared.encode([sources[row] for row in at.tolist()], length)
-            memory[:, :, at, :, :length], bias[at, :, :, :length] = found
+            found, bias[at, :, :, :length] = prepared.encode([sources[row] for row in at.tolist()], length)
+            for layer, of_layer in enumerate(found):
+                memory[:, layer, at, :, :length] = of_layer
             memory[:, :, at, :, length:] = 0
     return memory, bias
 
