@@ -24,7 +24,7 @@ SOURCE = 4
 """Sources are encoded in multiples of this, but not below LENGTH."""
 ENCODED = 2048
 """Tokens that are encoded together at most, so that they stay in the cache."""
-TOGETHER = 256
+TOGETHER = 128
 """Rows whose logits are made and used at a time: so many do not leave the cache in between."""
 
 
