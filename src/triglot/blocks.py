@@ -187,5 +187,5 @@ class DecoderBlock(EncoderLayer):
     ) -> None:
         super().__init__(d_model, n_heads, d_ff, dropout, options=options)
 
-    def forward(self, x: Hidden, mask: Mask | None = None) -> Hidden:  # type: ignore[override]
+    def forward(self, x: Hidden, mask: Mask | None = None) -> Hidden:  # type: ignore[override]  # the document's call
         return self.run(x, mask, real=real_tokens(mask, x.size(0), x.size(1))).x

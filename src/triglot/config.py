@@ -28,6 +28,7 @@ Count = Annotated[int, Rule("at least 1", lambda number: number >= 1)]
 Rate = Annotated[float, Rule("at least 0 and below 1", lambda rate: 0 <= rate < 1)]
 Weight = Annotated[float, Rule("at least 0 and finite", lambda weight: 0 <= weight < math.inf)]
 Positive = Annotated[float, Rule("above 0 and finite", lambda number: 0 < number < math.inf)]
+Patience = Annotated[float, Rule("above 0, or inf", lambda number: number > 0)]
 
 
 def rules(hint: Any) -> Iterator[Rule]:
@@ -295,11 +296,16 @@ class GenerationConfig(Checked):
     beam: Count = 4
     length_penalty: Weight = 1.0
     """α in score / n^α, n the number of generated tokens, the end token included."""
-    patience: Positive | None = None
+    patience: Patience | None = None
     """A search ends when no better text can come, or when beam · patience have finished (Kasai et al. 2022).
 
     1 is several times as fast, and may end before the best text of a sure model does: it finishes poor ones first."""
     max_new_tokens: Count = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience == math.inf:  # says the same as nothing, but is no number in JSON
+            object.__setattr__(self, "patience", None)
 
 
 @dataclass(frozen=True, kw_only=True)

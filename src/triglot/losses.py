@@ -64,7 +64,7 @@ def projected_cross_entropy(
     if torch.is_autocast_enabled(on):
         dtype = torch.get_autocast_dtype(on)
     with torch.autocast(on, enabled=False):
-        total, nll = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        total, nll = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
             flat.to(dtype), projection.weight, projection.bias, wanted, label_smoothing, r_drop or 0.0
         )
     return TokenLoss(total, nll, torch.tensor(len(wanted), device=hidden.device))

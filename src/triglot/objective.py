@@ -91,7 +91,7 @@ def run_model(model: Model, batch: Batch) -> Forwarded:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; the copy overlaps with what else is done where the memory allows it."""
-    return type(batch)(*(None if part is None else part.to(device, non_blocking=True) for part in batch))  # type: ignore[arg-type]
+    return type(batch)(*(None if part is None else part.to(device, non_blocking=True) for part in batch))  # type: ignore[arg-type]  # its own fields
 
 
 def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> torch.autocast:

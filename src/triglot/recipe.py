@@ -22,7 +22,7 @@ def _require(holds: bool, name: str, rule: str, value: Any) -> None:
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Build a config from nested plain values; unknown keys, missing keys and wrong types are named by dotted path."""
     hints = get_type_hints(cls)
-    fields = {field.name.rstrip("_"): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name.rstrip("_"): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # of a dataclass
     for key in values:
         meant = "".join(f" (perhaps {close})" for close in get_close_matches(key, fields, 1))
         _require(key in fields, f"{path}{key}", f"one of {', '.join(fields)}{meant}", key)
@@ -41,7 +41,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         _require(isinstance(value, Mapping), path, "a table", value)
-        return from_dict(kind, value, f"{path}.")  # type: ignore[arg-type]
+        return from_dict(kind, value, f"{path}.")  # type: ignore[arg-type]  # of a dataclass
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         _require(value in args, path, f"one of {', '.join(map(str, args))}", value)

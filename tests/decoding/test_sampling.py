@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triglot.decoding.sampling import (
+    BLOCK,
     Sampler,
     draw,
     keep_min_p,
@@ -15,6 +16,7 @@ from triglot.decoding.sampling import (
     keep_top_p,
     keep_typical_p,
     largest,
+    log_sum_exp,
 )
 from triglot.errors import ConfigError
 
@@ -30,6 +32,26 @@ def ranked(row: list[float]) -> list[int]:
 
 def kept(logits: torch.Tensor) -> list[list[int]]:
     return [[token for token, value in enumerate(row) if value > -math.inf] for row in logits.tolist()]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 999), st.integers(1, 5), st.integers(1, 40), st.floats(0.0, 90.0))
+def test_log_sum_exp_is_torchs_and_the_same_bits_in_any_company(seed, blocks, rows, scale):
+    values = scale * torch.randn(rows, blocks * BLOCK, generator=torch.Generator().manual_seed(seed))
+    values[0, :-1] = -math.inf  # one possibility
+
+    def found(some: torch.Tensor) -> torch.Tensor:
+        return log_sum_exp(some, some.view(len(some), -1, BLOCK).amax(2))
+
+    together = found(values)
+    torch.testing.assert_close(together.double(), values.double().logsumexp(1, keepdim=True), rtol=1e-6, atol=2e-6)
+    assert together[0] == values[0, -1]
+    assert torch.equal(together, torch.cat([found(values[row : row + 1]) for row in range(rows)]))
+
+
+def test_log_sum_exp_of_nothing_is_nothing_that_makes_nan():
+    values = torch.full((2, 2 * BLOCK), -math.inf)
+    assert (values - log_sum_exp(values, values[:, ::BLOCK])).eq(-math.inf).all()
 
 
 @settings(deadline=None, max_examples=50)

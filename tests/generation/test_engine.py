@@ -169,7 +169,9 @@ def test_only_whole_documents_begin_with_the_begin_token(make):
 def test_each_kind_of_model_has_its_calls(translator, writer):
     with pytest.raises(ConfigError, match="must be one that continues texts; .* but is 'encoder_decoder'"):
         translator.generate(["x"])
-    with pytest.raises(ConfigError, match="must be one that translates; use `generate`, but is 'decoder_only'"):
+    with pytest.raises(
+        ConfigError, match="must be one that translates; .* `generate` and `score`, but is 'decoder_only'"
+    ):
         writer.translate(["x"])
 
 

@@ -79,7 +79,8 @@ def test_more_patience_finds_no_worse_translations(translator):
 def test_the_patience_of_a_run_is_in_its_recipe():
     assert GenerationConfig().patience is None
     assert from_dict(GenerationConfig, {"patience": 1}).patience == 1.0
-    with pytest.raises(ConfigError, match="`patience` must be above 0 and finite, but is 0.0 instead"):
+    assert from_dict(GenerationConfig, {"patience": math.inf}).patience is None  # which JSON can hold
+    with pytest.raises(ConfigError, match="`patience` must be above 0, or inf, but is 0.0 instead"):
         from_dict(GenerationConfig, {"patience": 0.0})
 
 
@@ -287,5 +288,5 @@ def test_pairs_are_scored_by_the_engine(translator):
     assert scored[1] == translator.score(["c"], ["yz"])[0]
     with pytest.raises(DataError, match="`pair 8` must be at most 37"):
         translator.score(["a", "b" * 99], ["a", "b"], first=7)
-    with pytest.raises(ConfigError, match="the model of the run` must be decoder_only to score a file"):
+    with pytest.raises(ConfigError, match="the model of the run` must be one that continues texts"):
         translator.score_file("x")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from triglot.layers.norm import Residual, make_norm
+from triglot.layers.norm import Residual, add, make_norm
 
 BATCH, LENGTH, D_MODEL = 2, 5, 11
 
@@ -39,6 +39,22 @@ def test_dropout_falls_on_the_sublayer_and_never_on_what_passes_by(x):
     dropped = residual(x, lambda h: (torch.ones_like(h), None))[0] - x
     assert sorted({round(value, 4) for value in dropped.flatten().tolist()}) == [0.0, 2.0]
     torch.testing.assert_close(residual.eval()(x, lambda h: (torch.ones_like(h), None))[0], x + 1)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("second", [torch.float32, torch.bfloat16])
+def test_a_sum_is_torchs_to_the_bit_whatever_the_types_and_leaves_both_as_they_are(first, second):
+    x, output = torch.randn(2, 3, 7, dtype=first), torch.randn(2, 3, 7, dtype=second)
+    sums, gradients = [], []
+    for summed in (add, torch.add):
+        leaves = [part.clone().requires_grad_() for part in (x, output)]
+        sums.append(summed(*leaves))
+        sums[-1].square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+        assert all(torch.equal(leaf, part) for leaf, part in zip(leaves, (x, output), strict=True))
+    assert sums[0].dtype == sums[1].dtype
+    assert torch.equal(*sums)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -47,7 +47,7 @@ def num_targets(batch: Batch) -> int:
 
 def twice(batch: Batch) -> Batch:
     """The rows of the batch, and the same rows once more behind them."""
-    return type(batch)(*(None if part is None else torch.cat([part, part]) for part in batch))  # type: ignore[arg-type]
+    return type(batch)(*(None if part is None else torch.cat([part, part]) for part in batch))  # type: ignore[arg-type]  # its own fields
 
 
 def unscored(batch: Batch) -> Batch:

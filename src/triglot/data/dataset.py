@@ -58,7 +58,7 @@ class Crops:
         self.tokens, self.context, self.seed = tokens, context, seed
         self.num_rows, self.num_windows = _num_rows(batch_tokens, context), len(tokens) // context
 
-    def num_batches(self, epoch: int) -> int:  # noqa: ARG002
+    def num_batches(self, epoch: int) -> int:  # noqa: ARG002 all epochs are alike
         """How many batches every epoch yields; the last one may have fewer rows."""
         return -(-self.num_windows // self.num_rows)
 
@@ -82,11 +82,11 @@ class Windows:
         self.tokens, self.context = tokens, context
         self.num_rows, self.num_windows = _num_rows(batch_tokens, context), -(-(len(tokens) - 1) // context)
 
-    def num_batches(self, epoch: int) -> int:  # noqa: ARG002
+    def num_batches(self, epoch: int) -> int:  # noqa: ARG002 all epochs are alike
         """How many batches every epoch yields."""
         return -(-self.num_windows // self.num_rows)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[LanguageBatch]:  # noqa: ARG002
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[LanguageBatch]:  # noqa: ARG002 all epochs are alike
         """The batches from the `start`-th on, the same in every epoch."""
         size = self.num_rows * self.context
         for first in range(start * size, len(self.tokens) - 1, size):
@@ -229,7 +229,7 @@ class Pairs:
         require(batch_tokens >= longest, "train.batch_tokens", rule, batch_tokens, ConfigError)
         self.cuts = _cuts(np.sort(self.longest).tolist(), batch_tokens)  # equal lengths change places, cuts do not
 
-    def num_batches(self, epoch: int) -> int:  # noqa: ARG002
+    def num_batches(self, epoch: int) -> int:  # noqa: ARG002 all epochs are alike
         """How many batches every epoch yields."""
         return len(self.cuts) - 1
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from triglot.errors import ConfigError, require
 
 BLOCK = 128
+NOTHING = -1e30
+"""Stands for −∞ where that would make NaN."""
 IN_CACHE = 2**19
 """Numbers that are worked on at a time, several times over."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -57,10 +59,10 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def log_sum_exp(values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows blocks"]) -> Float[Tensor, "rows 1"]:
     """log Σ exp of each row of whole blocks, given their maxima; 0 for a row of −∞.
 
-    PyTorch's processors make powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
+    On processors PyTorch makes powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
     blocks, and never by several threads.
     """
-    top, per_log = maxima.amax(1, keepdim=True).clamp_min_(-1e30), 1 / math.log(2)
+    top, per_log = maxima.amax(1, keepdim=True).clamp_min_(NOTHING), 1 / math.log(2)
     sums, (rows, columns) = torch.empty_like(top), values.shape
     some = max(1, IN_CACHE // columns)
     powers = values.new_empty(min(rows, some), columns)
@@ -69,7 +71,7 @@ def log_sum_exp(values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "ro
         into = powers[: len(part)]
         torch.sub(part, largest_of, out=into).mul_(per_log).exp2_()  # so that the largest becomes exactly 1
         torch.sum(into.view(len(part), -1, BLOCK).sum(2), 1, keepdim=True, out=sums[first : first + some])
-    return sums.log_().add_(top).masked_fill_(top == -1e30, 0.0)
+    return sums.log_().add_(top).masked_fill_(top == NOTHING, 0.0)
 
 
 def keep_top_k(logits: Float[Tensor, "rows vocab"], top_k: int) -> Float[Tensor, "rows vocab"]:

@@ -39,7 +39,7 @@ class Parallel(Generic[M]):
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     @contextmanager
-    def passing(self, is_last: bool) -> Iterator[None]:  # noqa: ARG002
+    def passing(self, is_last: bool) -> Iterator[None]:  # noqa: ARG002 every pass is alike
         """Around a forward and backward pass: gradients of all processes are averaged after a step's last one."""
         yield
 
@@ -93,7 +93,7 @@ class Sharded(Parallel[M]):
                 weight.data = weight.new_empty(0)
 
     @contextmanager
-    def passing(self, is_last: bool) -> Iterator[None]:  # noqa: ARG002
+    def passing(self, is_last: bool) -> Iterator[None]:  # noqa: ARG002 every pass is alike
         """Gradients are averaged in every pass, since whole ones are what no process is to hold."""
         with warnings.catch_warnings():  # that a layer's output is a view does no harm where nothing is done in place
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")

@@ -179,7 +179,5 @@ class Engine:
 
     def score_file(self, path: str | Path, *, context: int | None = None) -> scoring.FileScore:
         """Perplexity and bits per byte of a whole file of running text; see `scoring.score_file`."""
-        kind, rule = self.config.model.kind, "decoder_only to score a file as one text; `score` has pairs"
-        require(kind == "decoder_only", "the model of the run", rule, kind, ConfigError)
         model, tokenizer = self._ready.writer, self.tokenizers.target
         return scoring.score_file(model, self.config, tokenizer, Path(path), context=context)

@@ -270,7 +270,7 @@ class PreparedStack:
 
     def __init__(self, stack: Stack, packer: Packer) -> None:
         self.stack, self.embedding, self.packer = stack, stack.embedding, packer
-        self.blocks = [PreparedBlock(layer, packer) for layer in stack.layers]  # type: ignore[arg-type]
+        self.blocks = [PreparedBlock(layer, packer) for layer in stack.layers]  # type: ignore[arg-type]  # a ModuleList tells of no kind
         self.final_norm = norm_of(stack.final_norm)
         self.turns = None if stack.embedding.rotary is None else turn_table(stack.embedding.rotary)
 
@@ -335,19 +335,9 @@ class Prepared:
         stack = self.decoder.stack
         return 2 * 4 * len(stack.layers) * stack.num_kv_heads * max(stack.head_dim, WIDTH)
 
-    def logits(
-        self, hidden: Hidden, out: Float[Tensor, "rows filled_up_vocab"] | None = None
-    ) -> Float[Tensor, "rows filled_up_vocab"]:
-        """What follows `hidden`, written to `out` if that is given."""
-        if len(hidden) >= self.head.least_rows:
-            return self.head(hidden, out)
-        found = self.head(at_least(hidden, self.head.least_rows))[: len(hidden)]
-        return found if out is None else out.copy_(found)
-
-    @property
-    def vocab_size(self) -> int:
-        """Of what `logits` returns."""
-        return self.head.outputs
+    def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
+        """What follows `hidden`."""
+        return self.head(at_least(hidden, self.head.least_rows))[: len(hidden)]
 
     def hold(self, rows: int, most: int, beam: int | None = None) -> Held:
         """Room for `rows` texts of at most `most` tokens; of sentences with `beam` hypotheses each, for all of them."""

@@ -78,7 +78,7 @@ class Ready:
     @property
     def translator(self) -> Transformer:
         """The model, if it is an encoder–decoder."""
-        rule, kind = "one that translates; use `generate`", self.config.model.kind
+        rule, kind = "one that translates; this one has `generate` and `score`", self.config.model.kind
         require(isinstance(self.model, Transformer), "the model of the run", rule, kind, ConfigError)
         assert isinstance(self.model, Transformer)
         return self.model
@@ -86,7 +86,7 @@ class Ready:
     @property
     def writer(self) -> DecoderLLM:
         """The model, if it is decoder-only."""
-        rule, kind = "one that continues texts; use `translate`", self.config.model.kind
+        rule, kind = "one that continues texts; this one has `translate` and `score`", self.config.model.kind
         require(isinstance(self.model, DecoderLLM), "the model of the run", rule, kind, ConfigError)
         assert isinstance(self.model, DecoderLLM)
         return self.model

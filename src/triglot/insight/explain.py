@@ -146,7 +146,7 @@ def _check_length(name: str, length: int, limit: int) -> None:
 
 
 def _check_size(layers: torch.nn.ModuleList, longest: int) -> None:
-    weights = sum(layer.self_attention.num_heads for layer in layers) * longest**2  # type: ignore[misc,union-attr]
+    weights = sum(layer.self_attention.num_heads for layer in layers) * longest**2  # type: ignore[misc,union-attr]  # a ModuleList tells of no kind
     rule = f"short enough for {MOST_WEIGHTS:,} attention weights on a page"
     require(weights <= MOST_WEIGHTS, "text", rule, f"one with {weights:,}", DataError)
 

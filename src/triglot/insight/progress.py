@@ -28,7 +28,7 @@ class Bar:
             console=self.console,
         )
 
-    def start(self, config: RunConfig, model: nn.Module, progress: checkpoint.Progress, notes: Sequence[str]) -> None:  # noqa: ARG002
+    def start(self, config: RunConfig, model: nn.Module, progress: checkpoint.Progress, notes: Sequence[str]) -> None:  # noqa: ARG002 a reporter is told more than a bar shows
         """Print what is trained on and begin the bar."""
         for note in notes:
             self.console.print(note, style="dim", markup=False, highlight=False)

@@ -42,7 +42,7 @@ def attend(
     scores_type = torch.promote_types(query.dtype, torch.float32)
     bias = None if allowed is None else torch.where(allowed, 0.0, FORBIDDEN).to(scores_type)
     with torch.autocast(query.device.type, enabled=False):
-        output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]  # torch's
             query, key.to(query.dtype), value.to(query.dtype), bias, causal
         )
     if mask is not None:

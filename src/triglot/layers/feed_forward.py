@@ -54,7 +54,7 @@ class PointwiseFeedForward(nn.Module):
         weight = self.outer.weight.to(inner.dtype)
         bias = None if self.outer.bias is None else self.outer.bias.to(inner.dtype)
         with torch.autocast(inner.device.type, enabled=False):  # it would undo the casts in the gradient
-            outer: Tensor = _Outer.apply(inner, weight, bias, self.activation)  # type: ignore[no-untyped-call]
+            outer: Tensor = _Outer.apply(inner, weight, bias, self.activation)  # type: ignore[no-untyped-call]  # torch's
         return outer
 
     def activates_twice(self) -> bool:

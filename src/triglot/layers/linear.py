@@ -37,7 +37,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         x, weight, bias = (part.to(torch.bfloat16) for part in (x, self.weight, self.bias))
         with torch.autocast("cpu", enabled=False):  # it would undo the casts in the gradient
-            projected: Tensor = _Project.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            projected: Tensor = _Project.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's
         return projected
 
 

@@ -101,8 +101,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         require(num_experts >= 1, "num_experts", "at least 1", num_experts)
         require(1 <= k <= num_experts, "k", f"between 1 and num_experts ({num_experts})", k)
-        limited = capacity_factor is not None
-        require(not limited or capacity_factor > 0, "capacity_factor", "above 0, or None", capacity_factor)  # type: ignore[operator]
+        fits = capacity_factor is None or capacity_factor > 0
+        require(fits, "capacity_factor", "above 0, or None", capacity_factor)
         require(min_capacity >= 1, "min_capacity", "at least 1", min_capacity)
         self.num_experts, self.k = num_experts, k
         self.capacity_factor, self.min_capacity = capacity_factor, min_capacity

@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Hidden) -> Hidden:
         if x.device.type != "cpu" or x.dtype != self.weight.dtype or torch.compiler.is_compiling():
             return super().forward(x)
-        normalised: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        normalised: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]  # torch's
         return normalised
 
 

@@ -18,8 +18,8 @@ Precision = Literal["fp32", "bf16", "int8", "int4"]
 Rows = Float[Tensor, "rows inputs"]
 ZERO = 128
 """What stands for 0 in a quantised row."""
+# Tensors, since a small operation with one of Python's numbers takes twice as long.
 _MOST, _UP, _SIGN = torch.tensor(127.0), torch.tensor(ZERO + 0.5), torch.tensor(-128, dtype=torch.int8)
-# Tensors, since a small operation with a number of Python's takes twice as long.
 GROUP = 32
 """Weights that share a scale where they have four bits."""
 SMALL = 2**17
@@ -52,9 +52,8 @@ class Packed(Protocol):
     """From so many rows on, a row's bits do not depend on the others."""
     num_bytes: int
     """What one product reads of weights."""
-    outputs: int
 
-    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]: ...
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]: ...
 
 
 class PackedFloat:
@@ -71,8 +70,8 @@ class PackedFloat:
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
-    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
-        return self.narrow(x).float() if out is None else out.copy_(self.narrow(x))
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        return self.narrow(x).float()
 
     def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
         """The same in the weights' own type, activated."""
@@ -97,14 +96,14 @@ class PackedInt8:
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
         largest = weight.float().abs().amax(1).clamp_min(LEAST)
         whole: Int8[Tensor, "outputs inputs"] = (weight * (127 / largest)[:, None]).round().to(torch.int8)
-        self.scale, self.outputs = largest / 127**2, len(weight)
+        self.scale = largest / 127**2
         self.bias = None if bias is None else bias.float()
         self.num_bytes = whole.nbytes
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
         self.columns = whole.T
 
-    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         whole, largest = quantise_rows(x)
         y: Tensor
         if len(x) == 1:
@@ -113,8 +112,7 @@ class PackedInt8:
             y = torch.ops.onednn.qlinear_pointwise(
                 whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
-        out = y if out is None else out
-        return torch.mul(y, largest, out=out) if self.bias is None else torch.addcmul(self.bias, y, largest, out=out)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
 
 class PackedInt4:
@@ -130,13 +128,12 @@ class PackedInt4:
         self.packed = torch._convert_weight_to_int4pack_for_cpu(whole, 1)
         scales = torch.cat([step, low + 8 * step], 2).transpose(0, 1)  # the product takes 8 off each number
         self.scales = scales.to(torch.bfloat16).contiguous()
-        self.bias, self.outputs = None if bias is None else bias.float(), len(weight)
+        self.bias = None if bias is None else bias.float()
         self.num_bytes = self.packed.nbytes + self.scales.nbytes
 
-    def __call__(self, x: Rows, out: Float[Tensor, "rows outputs"] | None = None) -> Float[Tensor, "rows outputs"]:
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self.packed, GROUP, self.scales).float()
-        y = y if self.bias is None else y.add_(self.bias)
-        return y if out is None else out.copy_(y)
+        return y if self.bias is None else y.add_(self.bias)
 
     @staticmethod
     def takes(weight: Float[Tensor, "outputs inputs"]) -> bool:

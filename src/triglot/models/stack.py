@@ -88,7 +88,7 @@ class Stack(nn.Module):
         x, rotation = self.embedding(tokens, None if cache is None else cache.positions(tokens.size(1)))
         outputs: list[BlockOutput] = []
         for number, layer in enumerate(self.layers):
-            output = layer.run(  # type: ignore[operator]
+            output = layer.run(  # type: ignore[operator]  # a ModuleList tells of no kind
                 x,
                 mask,
                 memory=memory,

@@ -26,4 +26,4 @@ def _compile(block: Block, options: dict[str, Any]) -> None:
     def run(*arguments: Any, **named: Any) -> Any:
         return (compiled if block.training else plain)(*arguments, **named)
 
-    block.run = run  # type: ignore[method-assign]
+    block.run = run  # type: ignore[method-assign]  # of this block alone

@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]  # without a closure
         """Update every weight that has a gradient."""
         group = self.param_groups[0]
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
