@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import BLOCK, largest, log_sum_exp
-from triglot.decoding.search import Decoded, Lengths, Steps, limits_of, masked, normalised
+from triglot.decoding.search import Decoded, Lengths, Steps, closed_up, limits_of, masked, normalised
 from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
 
@@ -107,6 +107,7 @@ class Beams:
             scores = self.scores[first // width : (first + rows) // width]
             candidates.append(_candidates(scores, part, 2 * self.how.beam))
             first += rows
+            del part  # so that the next one takes its place in the cache
         return _best(candidates, 2 * self.how.beam)
 
     def _ruled(self, logits: Float[Tensor, "some vocab"], first: int) -> Float[Tensor, "some vocab"]:
@@ -140,12 +141,13 @@ class Beams:
                 if not pool.best:
                     raise DeadEndError(pool.request)
                 results[pool.request] = pool.best
-        self.live = torch.tensor([not one for one in complete], device=self.scores.device).nonzero()[:, 0]
+        live = closed_up([not one for one in complete])
+        self.live = torch.tensor(live, dtype=torch.long, device=self.scores.device)
         if results:
             kept = self.live
             self.scores, self.tokens, self.parents = self.scores[kept], self.tokens[kept], self.parents[kept]
             self.history, self.sums = self.history[kept], self.sums[kept]
-            self.pools = [self.pools[sentence] for sentence in kept.tolist()]
+            self.pools = [self.pools[sentence] for sentence in live]
         return results
 
 
@@ -160,7 +162,7 @@ def beam_search(
     return [results[row] for row in range(len(limits))]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def search_in_parts(
     logits: Iterable[Float[Tensor, "rows vocab"]],
     step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "rows vocab"]]],

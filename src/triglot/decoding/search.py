@@ -7,15 +7,16 @@ Probabilities are those of softmax(logits), after `banned` and `rules` and befor
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triglot.decoding.rules import Rule, apply
-from triglot.decoding.sampling import Generators, Sampler, largest
+from triglot.decoding.rules import Rule, Texts, apply
+from triglot.decoding.sampling import Generators, Sampler, largest, log_sum_exp
 from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
 Lengths = Literal["power", "gnmt"]
@@ -83,6 +84,33 @@ def masked(logits: Float[Tensor, "rows vocab"], banned: Sequence[int]) -> Float[
     return logits.index_fill(1, torch.tensor(banned, dtype=torch.long, device=logits.device), float("-inf"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chooser:
+    """How a search of one text a row chooses: by `sampler`, from what `banned` and `rules` leave of the logits."""
+
+    sampler: Sampler
+    banned: Sequence[int] = ()
+    rules: Sequence[Rule] = ()
+    top_logprobs: int = 0
+    """How many alternatives a token tells of."""
+
+    @torch.inference_mode()
+    def __call__(
+        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[int], texts: Texts, generator: Generators
+    ) -> tuple[Int[Tensor, " rows"], list[Token]]:
+        """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
+        allowed = masked(logits, self.banned)
+        if self.rules:
+            allowed = apply(self.rules, allowed, texts, rows)
+            refuse_dead_ends(allowed, rows)
+        ids, normaliser = self.sampler(allowed, generator), log_sum_exp(allowed)
+        log_probs = allowed.gather(1, ids[:, None]).sub_(normaliser)[:, 0].tolist()
+        if not self.top_logprobs:
+            return ids, list(map(Token, rows, ids.tolist(), log_probs))
+        told = alternatives(allowed - normaliser, self.top_logprobs)
+        return ids, list(map(Token, rows, ids.tolist(), log_probs, told))
+
+
 def stream(
     logits: Float[Tensor, "rows vocab"],
     steps: Steps,
@@ -106,7 +134,10 @@ def stream(
     """
     limits = limits_of(max_new_tokens, logits.size(0), least=0)
     require(top_logprobs >= 0, "top_logprobs", "at least 0", top_logprobs, ConfigError)
-    return _stream(logits, steps, sampler, limits, eos_id, banned, rules, generator, top_logprobs, stopped)
+    choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
+    return stream_in_parts(
+        [logits], lambda tokens: [steps.step(tokens)], steps.select, choose, limits, eos_id, generator, stopped
+    )
 
 
 def generate(
@@ -136,50 +167,47 @@ def gather(tokens: Iterable[Token], rows: int, eos_id: int | None) -> list[Decod
     return [text._replace(truncated=text.ids[-1:] != [eos_id]) for text in texts]
 
 
-@torch.no_grad()
-def _stream(
-    logits: Tensor,
-    steps: Steps,
-    sampler: Sampler,
-    limits: list[int],
+@torch.inference_mode()
+def stream_in_parts(
+    logits: Iterable[Float[Tensor, "some vocab"]],
+    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"]]],
+    select: Callable[[Int[Tensor, " kept"]], None],
+    choose: Chooser,
+    limits: Sequence[int],
     eos_id: int | None,
-    banned: Sequence[int],
-    rules: Sequence[Rule],
-    generator: Generators,
-    top_logprobs: int,
-    stopped: Container[int],
+    generator: Generators = None,
+    stopped: Container[int] = (),
 ) -> Iterator[Token]:
+    """`stream` over logits that come in parts, of some rows each, behind one another."""
     texts: list[list[int]] = [[] for _ in limits]  # kept for rules alone
-    live = list(range(len(limits)))  # the row that stands at each place of the batch
-    chosen, made = [-1] * len(live), 0
-    tokens = torch.zeros(len(live), dtype=torch.long, device=logits.device)
-
-    def goes_on(place: int, row: int) -> bool:
-        return chosen[place] != eos_id and made < limits[row] and row not in stopped
-
-    while kept := [place for place, row in enumerate(live) if goes_on(place, row)]:
-        if len(kept) < len(live):
-            places = torch.tensor(kept, device=logits.device)
-            live = [live[place] for place in kept]
-            logits, tokens = logits[places], tokens[places]
-            steps.select(places)
-        if made:
-            logits = steps.step(tokens)
-        allowed = masked(logits, banned)
-        if rules:
-            allowed = apply(rules, allowed, [texts[row] for row in live], live)
-            refuse_dead_ends(allowed, live)
-        tokens = sampler(allowed, [generator[row] for row in live] if isinstance(generator, Sequence) else generator)
-        log_probs = allowed.log_softmax(1)
-        chosen, made = tokens.tolist(), made + 1
-        if rules:
-            for row, token in zip(live, chosen, strict=True):
-                texts[row].append(token)
-        own = log_probs.gather(1, tokens[:, None])[:, 0].tolist()
-        if top_logprobs:
-            yield from map(Token, live, chosen, own, alternatives(log_probs, top_logprobs))
-        else:
-            yield from map(Token, live, chosen, own)
+    live = closed_up([limit > 0 for limit in limits])  # the row that stands at each place of the batch
+    if 0 < len(live) < len(limits):
+        logits = [torch.cat(list(logits))[live]]
+        select(torch.tensor(live, device=logits[0].device))
+    made = 0
+    while live:
+        chosen, tokens = list[Tensor](), list[Token]()
+        for part in logits:
+            rows = live[len(tokens) : len(tokens) + len(part)]
+            own = [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
+            ids, new = choose(part, rows, [texts[row] for row in rows], own)
+            chosen.append(ids)
+            tokens += new
+            del part  # so that the next one takes its place in the cache
+        made += 1
+        if choose.rules:
+            for token in tokens:
+                texts[token.row].append(token.id)
+        yield from tokens
+        fed = torch.cat(chosen)
+        kept = closed_up([one.id != eos_id and made < limits[one.row] and one.row not in stopped for one in tokens])
+        if 0 < len(kept) < len(live):
+            places = torch.tensor(kept, device=fed.device)
+            select(places)
+            fed = fed[places]
+        live = [live[place] for place in kept]
+        if live:
+            logits = step(fed)
 
 
 def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tuple[tuple[int, float], ...]]:
@@ -187,6 +215,13 @@ def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tup
     values, ids = (part.tolist() for part in largest(log_probs, count))
     pairs = [zip(*of_row, strict=True) for of_row in zip(ids, values, strict=True)]
     return [tuple(pair for pair in of_row if pair[1] > -math.inf) for of_row in pairs]
+
+
+def closed_up(goes_on: Sequence[bool]) -> list[int]:
+    """The places that go on, each where it is if it can be: the last ones fill the gaps, so that few are moved."""
+    places = [place for place, goes in enumerate(goes_on) if goes]
+    last = iter(places[sum(goes_on[: len(places)]) :])
+    return [place if goes_on[place] else next(last) for place in range(len(places))]
 
 
 def refuse_dead_ends(logits: Float[Tensor, "rows vocab"], requests: Sequence[int]) -> None:

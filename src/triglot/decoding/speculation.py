@@ -6,15 +6,15 @@ numbers). A wrong draft costs a little time, never the text.
 """
 
 from collections.abc import Container, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triglot.decoding.rules import Rule, apply
+from triglot.decoding.rules import Rule
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Steps, Token, alternatives, masked, refuse_dead_ends
+from triglot.decoding.search import Chooser, Steps, Token, closed_up
 from triglot.errors import ConfigError, require
 
 
@@ -60,7 +60,7 @@ class NGrams:
         return []
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def speculate(
     logits: Float[Tensor, "rows vocab"],
     steps: SteppingBack,
@@ -79,7 +79,7 @@ def speculate(
 ) -> Iterator[Token]:
     """What `search.stream` yields for each row, with up to `count` tokens of its draft read along at each step."""
     require(count >= 1, "count", "at least 1", count, ConfigError)
-    choose = _Chooser(sampler, eos_id, banned, rules, top_logprobs)
+    choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
     texts: list[list[int]] = [[] for _ in prompts]
     left, live = list(limits), [row for row, limit in enumerate(limits) if limit > 0]
     if len(live) < len(limits):
@@ -91,16 +91,18 @@ def speculate(
         kept = []  # of each row: how many of its guesses came true
         for place, row in enumerate(live):
             began = len(texts[row])
-            for token in choose(after[place], guesses[place], row, texts[row], left[row], generators[row]):
+            for at, guess in enumerate([*guesses[place], None][: left[row]]):
+                _, [token] = choose(after[place, at, None], [row], [texts[row]], [generators[row]])
+                texts[row].append(token.id)
                 yield token
-                if row in stopped:
+                if row in stopped or token.id == eos_id or token.id != guess:
                     break
             made = len(texts[row]) - began
             left[row] = 0 if texts[row][-1] == eos_id or row in stopped else left[row] - made
             kept.append(made - 1)
         read = after.size(1) - 1
         steps.forget(torch.tensor([read - number for number in kept]))
-        going = [place for place, row in enumerate(live) if left[row]]
+        going = closed_up([left[row] > 0 for row in live])
         if len(going) < len(live):
             steps.select(torch.tensor(going, dtype=torch.long))
             live = [live[place] for place in going]
@@ -112,35 +114,3 @@ def speculate(
         if live:
             fed = [[texts[row][-1], *guess] for row, guess in zip(live, guesses, strict=True)]
             after = steps.extend(torch.tensor([one + one[-1:] * (width - len(one)) for one in fed]))
-
-
-class _Chooser(NamedTuple):
-    """Chooses a row's next tokens, as `search.stream` would."""
-
-    sampler: Sampler
-    eos_id: int | None
-    banned: Sequence[int]
-    rules: Sequence[Rule]
-    top_logprobs: int
-
-    def __call__(
-        self,
-        logits: Float[Tensor, "new vocab"],
-        guesses: Sequence[int],
-        row: int,
-        text: list[int],
-        limit: int,
-        generator: torch.Generator,
-    ) -> Iterator[Token]:
-        """One token after each guess that came true; `text` grows by each."""
-        for number in range(min(len(guesses) + 1, limit)):
-            allowed = masked(logits[number : number + 1], self.banned)
-            if self.rules:
-                allowed = apply(self.rules, allowed, [text], [row])
-                refuse_dead_ends(allowed, [row])
-            token, log_probs = int(self.sampler(allowed, [generator])), allowed.log_softmax(1)
-            text.append(token)
-            told = alternatives(log_probs, self.top_logprobs)[0] if self.top_logprobs else ()
-            yield Token(row, token, log_probs[0, token].item(), told)
-            if number == len(guesses) or token != guesses[number] or token == self.eos_id:
-                return

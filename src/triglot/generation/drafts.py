@@ -23,7 +23,7 @@ class ModelDraft:
         self.read: list[int] = []
         self.steps: TextSteps | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, text: Sequence[int], count: int) -> list[int]:
         """The `count` likeliest tokens, each given those before it, as far as the context has room for them."""
         if len(text) - self.begin + count > self.window or self.begin >= len(text):

@@ -16,6 +16,16 @@ WIDTH = 32
 Heads = Float[Tensor, "tokens_and_heads width"]
 
 
+def keep_rows(x: Tensor, dim: int, rows: Int[Tensor, " kept"]) -> Tensor:
+    """These rows of a dimension in this order, where they are: what keeps its row is not moved, if there is room."""
+    if len(rows) > x.size(dim):
+        return x.index_select(dim, rows)
+    moved = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+    if len(moved):
+        x.index_copy_(dim, moved, x.index_select(dim, rows[moved]))
+    return x.narrow(dim, 0, len(rows))
+
+
 def round_up(number: int, to: int) -> int:
     """The first multiple of `to` that is not below `number`."""
     return -(-number // to) * to
@@ -92,4 +102,4 @@ class Held:
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order, some of them perhaps twice."""
-        self.hold(self.both.index_select(2, rows))
+        self.hold(keep_rows(self.both, 2, rows))

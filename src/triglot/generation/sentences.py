@@ -129,7 +129,7 @@ def hypothesis(ready: Ready, source: list[int], text: Decoded, how: BeamSearch, 
     return Hypothesis(words, score, text.ids, text.truncated, text.log_probs, aligned)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def search_all(ready: Ready, sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
     """The best texts of each source; on a processor by the prepared model, whatever its company is the same."""
     if (prepared := ready.prepared) is not None:

@@ -1,7 +1,8 @@
 """Decoding token by token with a prepared model: what the searches work over."""
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.decoding.beam import BeamSearch, search_in_parts
-from triglot.decoding.search import Decoded
-from triglot.generation.held import LENGTH, WIDTH, Held, Place, round_up
+from triglot.decoding.rules import Within
+from triglot.decoding.sampling import Sampler
+from triglot.decoding.search import Chooser, Decoded, gather, stream_in_parts
+from triglot.errors import DeadEndError
+from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows, round_up
 from triglot.generation.prepared import Memory, Prepared
 from triglot.layers.attend import FORBIDDEN
 
-SPARSE = 0.8
-"""Rows are moved together when no more than this share of them is in use."""
 ROWS = 1024
 """Hypotheses that are read together at most."""
 HELD_BYTES = 2**29
@@ -39,20 +41,17 @@ class SentenceSteps:
         self.prepared, self.beam, self.width, self.count = prepared, beam, 1, 0
         self.held = prepared.hold(len(sources), most, beam)
         self.memory, self.bias = encode(prepared, sources)
-        self.rows = torch.arange(len(sources))
-        """The row of each sentence that is still searched."""
         self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
         """Which places of its row belong to a hypothesis."""
 
+    @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Float[Tensor, "rows filled_up_vocab"]]:
         """Feed each hypothesis its next token; logits of the one after, of some sentences each, −∞ for no token."""
-        given = tokens.view(len(self.rows), -1)
-        self.width = width = given.size(1)
-        placed = given.new_zeros(self.held.rows, width).index_copy_(0, self.rows, given)
+        tokens = tokens.view(self.held.rows, -1)
+        self.width = width = tokens.size(1)
         memory = Memory(self.memory[0], self.memory[1], self.bias, width)
-        hidden = self.prepared.decoder.step(placed, self._place(width), self.held, memory)
+        hidden = self.prepared.decoder.step(tokens, self._place(width), self.held, memory)
         self.count += 1
-        hidden = hidden.view(self.held.rows, width, -1).index_select(0, self.rows).flatten(0, 1)
         return map(self.prepared.logits, hidden.split(max(1, TOGETHER // width) * width))
 
     def _place(self, new: int) -> Place:
@@ -65,17 +64,15 @@ class SentenceSteps:
         bias = torch.where(self.own[:, None, :new], 0.0, FORBIDDEN)
         return Place(torch.full_like(places, self.count), length, self.held.at(places), bias)
 
+    @torch.inference_mode()
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Have hypotheses go on from these, `beam` of each sentence that does, in this order."""
         chosen = rows.view(-1, self.beam)
-        kept, parents = self.rows[chosen[:, 0] // self.width], chosen % self.width
-        own = self.own[kept[:, None], parents]
-        if len(kept) <= SPARSE * self.memory.size(2):
+        kept = chosen[:, 0] // self.width
+        self.own = self.own[kept[:, None], chosen % self.width]
+        if len(kept) < self.held.rows or not kept.equal(torch.arange(len(kept))):
             self.held.keep(kept)
-            self.memory, self.bias = self.memory.index_select(2, kept), self.bias[kept]
-            kept = torch.arange(len(kept))
-        self.rows = kept
-        self.own = own.new_zeros(self.held.rows, *own.shape[1:]).index_copy_(0, kept, own)
+            self.memory, self.bias = keep_rows(self.memory, 2, kept), keep_rows(self.bias, 0, kept)
 
 
 def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -84,20 +81,22 @@ def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor
     A source is encoded beside others of its own length, filled up, alone.
     """
     stack = prepared.decoder.stack
-    lengths = torch.tensor([max(LENGTH, round_up(len(ids), SOURCE)) for ids in sources])
-    most, width = round_up(int(lengths.max()), LENGTH), max(stack.head_dim, WIDTH)
+    lengths = [max(LENGTH, round_up(len(ids), SOURCE)) for ids in sources]
+    most, width = round_up(max(lengths), LENGTH), max(stack.head_dim, WIDTH)
     memory = torch.empty(2, len(stack.layers), len(sources), stack.num_kv_heads, most, width)
     bias = torch.full((len(sources), 1, 1, most), FORBIDDEN)
-    for length in lengths.unique().tolist():
-        for at in (lengths == length).nonzero()[:, 0].split(max(1, ENCODED // length)):
-            found, bias[at, :, :, :length] = prepared.encode([sources[row] for row in at.tolist()], length)
+    for length, group in itertools.groupby(range(len(sources)), lengths.__getitem__):
+        rows, some = list(group), max(1, ENCODED // length)
+        for first in range(rows[0], rows[-1] + 1, some):
+            at = slice(first, min(first + some, rows[-1] + 1))
+            found, bias[at, :, :, :length] = prepared.encode(sources[at], length)
             for layer, of_layer in enumerate(found):
                 memory[:, layer, at, :, :length] = of_layer
             memory[:, :, at, :, length:] = 0
     return memory, bias
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def search(
     prepared: Prepared,
     sources: Sequence[Sequence[int]],
@@ -117,8 +116,24 @@ def search(
         longest = max(limits[row] for row in rows)
         steps = SentenceSteps(prepared, [sources[row] for row in rows], how.beam, longest)
         first = steps.step(torch.full((len(rows),), bos_id))
-        results |= search_in_parts(first, steps.step, steps.select, how, {row: limits[row] for row in rows})
+        if how.beam == 1 and (how.patience or 1) <= 1:
+            results |= zip(rows, greedy(first, steps, how, rows, [limits[row] for row in rows]), strict=True)
+        else:
+            results |= search_in_parts(first, steps.step, steps.select, how, {row: limits[row] for row in rows})
     return [results[row] for row in range(len(sources))]
+
+
+def greedy(
+    first: Iterable[Tensor], steps: SentenceSteps, how: BeamSearch, requests: Sequence[int], limits: Sequence[int]
+) -> list[list[Decoded]]:
+    """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
+    rules = [Within(rule, requests) for rule in how.rules]
+    choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules)
+    tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_id)
+    try:
+        return [[text] for text in gather(tokens, len(limits), how.eos_id)]
+    except DeadEndError as error:
+        raise DeadEndError(requests[error.request]) from error
 
 
 class TextSteps:
@@ -126,46 +141,35 @@ class TextSteps:
 
     def __init__(self, prepared: Prepared, held: Held, ends: Sequence[int]) -> None:
         self.prepared, self.held = prepared, held
-        self.ends = torch.zeros(held.rows, dtype=torch.long)
-        """The tokens of each row."""
-        self.ends[: len(ends)] = torch.tensor(ends)
-        self.rows = torch.arange(len(ends))
-        """The row of each text."""
+        self.ends = torch.tensor(ends)
+        """The tokens of each text."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " texts"]) -> Float[Tensor, "texts filled_up_vocab"]:
         """Feed each text its next token; logits of the one after, −∞ for what is no token."""
         return self.extend(tokens[:, None])[:, 0]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def extend(self, tokens: Int[Tensor, "texts new"]) -> Float[Tensor, "texts new filled_up_vocab"]:
         """Feed each text its next tokens; logits of the one after each."""
         new = tokens.size(1)
-        placed = tokens.new_zeros(len(self.ends), new).index_copy_(0, self.rows, tokens)
         place = self.held.place(self.ends[:, None] + torch.arange(new))
-        hidden = self.prepared.decoder.step(placed, place, self.held)
-        self.ends.index_add_(0, self.rows, torch.full_like(self.rows, new))
-        hidden = hidden.view(len(self.ends), new, -1).index_select(0, self.rows)
-        return self.prepared.logits(hidden.flatten(0, 1)).view(len(self.rows), new, -1)
+        hidden = self.prepared.decoder.step(tokens, place, self.held)
+        self.ends = self.ends + new
+        return self.prepared.logits(hidden).view(*tokens.shape, -1)
 
     def forget(self, counts: Int[Tensor, " texts"]) -> None:
         """Forget so many of the last tokens of each text."""
-        self.ends.index_add_(0, self.rows, -counts)
+        self.ends = self.ends - counts
 
+    @torch.inference_mode()
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these texts, in this order; one may be taken more than once."""
-        chosen = self.rows[rows]
-        if len(chosen.unique()) < len(chosen) or len(chosen) <= SPARSE * self.held.rows:
-            self.held.keep(chosen)
-            self.ends, chosen = self.ends[chosen], torch.arange(len(chosen))
-        else:
-            ends = torch.zeros_like(self.ends)
-            ends[chosen] = self.ends[chosen]
-            self.ends = ends
-        self.rows = chosen
+        self.held.keep(rows)
+        self.ends = self.ends[rows]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def start_texts(
     prepared: Prepared, prompts: Sequence[Sequence[int]], most: int
 ) -> tuple[Float[Tensor, "texts filled_up_vocab"], TextSteps]:

@@ -114,7 +114,7 @@ def write_all(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Seque
             pass
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> Iterator[str]:
     """Write texts to their ends, side by side; pieces of text as they come, some of them empty."""
     window = ready.writer.max_len
