@@ -11,6 +11,7 @@ from triglot.decoding.sampling import (
     BLOCK,
     Sampler,
     draw,
+    first_largest,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -60,6 +61,14 @@ def test_largest_is_a_stable_sort_cut_short(rows, count):
     values, index = largest(torch.tensor(rows), count)
     assert index.tolist() == [ranked(row)[:count] for row in rows]
     assert values.tolist() == [[row[token] for token in ranked(row)[:count]] for row in rows]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 999), st.integers(1, 3), st.integers(1, 5), st.integers(0, BLOCK - 1))
+def test_the_first_of_the_largest_is_found_by_blocks_and_without(seed, blocks, rows, missing):
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 9, (rows, blocks * BLOCK - missing), generator=draw).float()
+    assert first_largest(values).tolist() == [row.index(max(row)) for row in values.tolist()]
 
 
 @settings(deadline=None, max_examples=50)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triglot.decoding.beam import BeamSearch, beam_search
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Decoded, Steps, generate, stream
+from triglot.decoding.search import Decoded, Steps, closed_up, generate, stream
 from triglot.errors import CheckpointError, ConfigError
 
 PAD, BOS, EOS = 0, 1, 2
@@ -341,3 +341,11 @@ def test_a_model_of_nan_is_an_error_and_not_a_text(search):
     made[1, ..., 3] = math.nan
     with pytest.raises(CheckpointError, match="`logits` must be numbers"):
         search(made)
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=20))
+def test_who_goes_on_closes_up_and_only_the_last_ones_move(goes_on):
+    kept = closed_up(goes_on)
+    assert sorted(kept) == [place for place, goes in enumerate(goes_on) if goes]
+    assert all(new == old or old >= len(kept) for new, old in enumerate(kept))

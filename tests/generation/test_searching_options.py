@@ -54,6 +54,18 @@ def test_log_probs_are_those_of_a_forced_pass(translator):
             assert one.score == pytest.approx(sum(one.log_probs) / len(one.tokens))
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+def test_scores_that_nobody_asks_for_change_no_text(translator, beam):
+    for [one], [other] in zip(
+        translator.translate(LINES, beam=beam),
+        translator.translate(LINES, beam=beam, log_probs=False),
+        strict=True,
+    ):
+        assert (other.text, other.tokens, other.truncated) == (one.text, one.tokens, one.truncated)
+        assert math.isnan(other.score) or not one.tokens
+        assert other.log_probs == []
+
+
 @pytest.mark.parametrize("lengths", ["power", "gnmt"])
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_scores_are_divided_by_what_was_asked_for(translator, lengths, alpha):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
+from triglot.generation.held import keep_rows
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import SentenceSteps, search, start_texts
 from triglot.layers.masks import create_padding_mask
@@ -155,3 +156,10 @@ def test_a_continuation_is_the_same_bits_in_any_company(asked, draw, name, preci
         name, precision, [prompts[r] for r in order], [seeds[r] for r in order], [limits[r] for r in order], sampler
     )
     assert mixed == [alone[row] for row in order]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9))
+def test_kept_rows_are_those_that_indexing_takes(rows):
+    x = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(keep_rows(x.clone(), 1, torch.tensor(rows)), x[:, rows])

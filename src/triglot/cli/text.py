@@ -209,6 +209,7 @@ def translate(
         no_repeat_ngram=no_repeat_ngram,
         banned_words=ban or [],
         alignments=alignments,
+        log_probs=as_json or nbest > 1,
         tags=tag,
         too_long=too_long.value,
     )

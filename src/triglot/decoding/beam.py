@@ -14,8 +14,8 @@ from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import BLOCK, largest, log_sum_exp
-from triglot.decoding.search import Decoded, Lengths, Steps, closed_up, limits_of, masked, normalised
-from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
+from triglot.decoding.search import Decoded, Lengths, Steps, closed_up, limits_of, masked, normalised, refuse_nan
+from triglot.errors import ConfigError, DeadEndError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class BeamSearch:
     nbest: int = 1
     banned: Sequence[int] = ()
     rules: Sequence[Rule] = ()
+    scored: bool = True
+    """Whether the log p of texts are wanted where a beam of 1 can do without; NaN where not."""
 
     def __post_init__(self) -> None:
         require(self.beam >= 1, "beam", "at least 1", self.beam, ConfigError)
@@ -79,7 +81,7 @@ class Beams:
         if (missing := how.beam - found.size(1)) > 0:  # a first step finds no more than there are tokens
             found = F.pad(found, (0, missing), value=-math.inf)
             parent, token = F.pad(parent, (0, missing)), F.pad(token, (0, missing))
-        require(not found.isnan().any(), "logits", "numbers", "NaN", CheckpointError)
+        refuse_nan(found)
         ended = token == how.eos_id
         self._finish(found, parent, ended)
         self.scores, rank_of = largest(found.masked_fill(ended, -math.inf), how.beam)

@@ -68,9 +68,9 @@ def first_largest(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]
 
 
 def log_sum_exp(
-    values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows blocks"] | None = None
+    values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows _"] | None = None
 ) -> Float[Tensor, "rows 1"]:
-    """log Σ exp of each row, given the maxima of its blocks where they are known; 0 for a row of −∞.
+    """log Σ exp of each row, given its maximum, or those of its blocks, where known; 0 for a row of −∞.
 
     On processors PyTorch makes powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
     blocks, and never by several threads.

@@ -76,9 +76,8 @@ def normalised(log_prob: float, count: int, length_penalty: float, lengths: Leng
 
 
 def masked(logits: Float[Tensor, "rows vocab"], banned: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-    """The logits in fp32, those of `banned` ids −∞, so that the rest is a distribution; CheckpointError for NaN."""
+    """The logits in fp32, those of `banned` ids −∞, so that the rest is a distribution."""
     logits = logits.float()
-    require(not logits.amax(1).isnan().any(), "logits", "numbers", "NaN", CheckpointError)
     if not banned:
         return logits
     return logits.index_fill(1, torch.tensor(banned, dtype=torch.long, device=logits.device), float("-inf"))
@@ -93,6 +92,8 @@ class Chooser:
     rules: Sequence[Rule] = ()
     top_logprobs: int = 0
     """How many alternatives a token tells of."""
+    scored: bool = True
+    """Whether log p is told; else it is NaN, and the arg max needs no softmax."""
 
     @torch.inference_mode()
     def __call__(
@@ -101,10 +102,17 @@ class Chooser:
         """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
         allowed = masked(logits, self.banned)
         if self.rules:
+            refuse_nan(allowed.amax(1))
             allowed = apply(self.rules, allowed, texts, rows)
             refuse_dead_ends(allowed, rows)
-        ids, normaliser = self.sampler(allowed, generator), log_sum_exp(allowed)
-        log_probs = allowed.gather(1, ids[:, None]).sub_(normaliser)[:, 0].tolist()
+        ids = self.sampler(allowed, generator)
+        own = allowed.gather(1, ids[:, None])
+        if not self.scored and self.sampler.temperature == 0:
+            refuse_nan(own)
+            return ids, [Token(row, token, math.nan) for row, token in zip(rows, ids.tolist(), strict=True)]
+        normaliser = log_sum_exp(allowed, own if self.sampler.temperature == 0 else None)
+        refuse_nan(normaliser)
+        log_probs = (own - normaliser)[:, 0].tolist()
         if not self.top_logprobs:
             return ids, list(map(Token, rows, ids.tolist(), log_probs))
         told = alternatives(allowed - normaliser, self.top_logprobs)
@@ -222,6 +230,11 @@ def closed_up(goes_on: Sequence[bool]) -> list[int]:
     places = [place for place, goes in enumerate(goes_on) if goes]
     last = iter(places[sum(goes_on[: len(places)]) :])
     return [place if goes_on[place] else next(last) for place in range(len(places))]
+
+
+def refuse_nan(of_rows: Tensor) -> None:
+    """CheckpointError where what was made of a row's logits is NaN."""
+    require(not of_rows.isnan().any(), "logits", "numbers", "NaN", CheckpointError)
 
 
 def refuse_dead_ends(logits: Float[Tensor, "rows vocab"], requests: Sequence[int]) -> None:

@@ -98,7 +98,7 @@ class Held:
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of a layer, each [rows · kv_heads, length, width]."""
         keys, values = self.layers[layer]
-        return keys[:, :length], values[:, :length]
+        return (keys, values) if keys.size(1) == length else (keys[:, :length], values[:, :length])
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order, some of them perhaps twice."""

@@ -174,6 +174,8 @@ class Searching:
     """See `banned_words_rule`."""
     alignments: bool = False
     """Tell of each target token which source tokens it renders."""
+    log_probs: bool = True
+    """Tell scores and log p; greedy search is faster without."""
     too_long: TooLong = "error"
 
     def __post_init__(self) -> None:
@@ -200,6 +202,7 @@ class Searching:
             patience=None if patience == math.inf else patience,
             nbest=self.nbest,
             rules=rules,
+            scored=self.log_probs,
         )
 
 

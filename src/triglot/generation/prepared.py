@@ -73,6 +73,11 @@ def fill_up(x: Float[Tensor, "*lead narrow"]) -> Float[Tensor, "*lead width"]:
     return F.pad(x, (0, WIDTH - x.size(-1))) if x.size(-1) < WIDTH else x
 
 
+def at_most(x: Float[Tensor, "filled d_model"], rows: int) -> Hidden:
+    """The first rows; where these are all, without the call that a step of one text would wait for."""
+    return x if len(x) == rows else x[:rows]
+
+
 def at_least(x: Hidden, rows: int) -> Float[Tensor, "filled d_model"]:
     """The rows and as many zeros as are missing."""
     return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
@@ -102,11 +107,12 @@ class PreparedAttention:
 
     def project(self, x: Hidden, rows: int, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [rows, heads, width] of the first rows."""
-        heads = self.inner(x)[:rows].view(rows, -1, self.head_dim)
-        both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
-        if turn is not None:
-            both = turned(both, turn)
-        query, key = both.split([self.heads, self.kv_heads], 1)
+        heads = at_most(self.inner(x), rows).view(rows, -1, self.head_dim)
+        if turn is None:
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        else:
+            both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            query, key = turned(both, turn).split([self.heads, self.kv_heads], 1)
         return fill_up(query), fill_up(key), fill_up(value)
 
     def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None) -> Hidden:
@@ -120,7 +126,9 @@ class PreparedAttention:
         if (missing := held.queries - new * groups) > 0:
             query = F.pad(query, (0, 0, 0, missing))
             bias = bias if new == 1 else F.pad(bias, (0, 0, 0, missing))
-        mixed = attend(query, *held.read(layer, place.length), bias)[:, : new * groups, : self.head_dim]
+        mixed = attend(query, *held.read(layer, place.length), bias)
+        if mixed.shape[1:] != (new * groups, self.head_dim):
+            mixed = mixed[:, : new * groups, : self.head_dim]
         mixed = mixed.reshape(texts, self.kv_heads, new, groups, self.head_dim).transpose(1, 2)
         return self.outer(at_least(mixed.reshape(texts * new, -1), len(x)))
 
@@ -161,9 +169,10 @@ class PreparedMemory:
         keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
         sentences, hypotheses = memory.keys.size(1), memory.hypotheses
         rows = sentences * hypotheses
-        query = fill_up(self.query(x)[:rows].view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
+        query = fill_up(at_most(self.query(x), rows).view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
         query = query.transpose(1, 2).reshape(sentences * self.kv_heads, -1, query.size(-1))
-        mixed = attend(query, keys, values, memory.bias)[..., : self.head_dim]
+        mixed = attend(query, keys, values, memory.bias)
+        mixed = mixed if mixed.size(2) == self.head_dim else mixed[..., : self.head_dim]
         mixed = mixed.view(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
         return self.outer(at_least(mixed.reshape(rows, -1), len(x)))
 
@@ -298,7 +307,7 @@ class PreparedStack:
         x = at_least(x, self.packer.least_rows)
         for number, block in enumerate(self.blocks):
             x = block.step(x, held, number, place, turn, memory)
-        return self.final_norm(x[: tokens.numel()])
+        return self.final_norm(at_most(x, tokens.numel()))
 
     def whole(self, tokens: Int[Tensor, "texts length"], bias: Tensor, held: Tensor | None = None) -> Hidden:
         """Read whole texts; their keys and values go to `held` [2, layers, texts, kv_heads, length, width]."""
@@ -337,7 +346,7 @@ class Prepared:
 
     def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
         """What follows `hidden`."""
-        return self.head(at_least(hidden, self.head.least_rows))[: len(hidden)]
+        return at_most(self.head(at_least(hidden, self.head.least_rows)), len(hidden))
 
     def hold(self, rows: int, most: int, beam: int | None = None) -> Held:
         """Room for `rows` texts of at most `most` tokens; of sentences with `beam` hypotheses each, for all of them."""

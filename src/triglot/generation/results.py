@@ -17,7 +17,7 @@ class Alignment(NamedTuple):
 
 
 class Hypothesis(NamedTuple):
-    """A translation; `score` is Σ log p / n^α over its n `tokens`, the end token included."""
+    """A translation; `score` is Σ log p / n^α over its n `tokens`, the end token included, or NaN if not asked for."""
 
     text: str
     score: float
@@ -25,7 +25,7 @@ class Hypothesis(NamedTuple):
     truncated: bool
     """Stopped by a limit, not by the end token."""
     log_probs: list[float]
-    """log p of each token; 0 for those of a forced beginning."""
+    """log p of each token, if asked for; 0 for those of a forced beginning."""
     alignment: Alignment | None = None
 
 

@@ -1,5 +1,6 @@
 """Translating lines with an encoder–decoder: from text to the best hypotheses of each, and back to text."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -79,7 +80,12 @@ def alternatives(
     require(len(begun) < limit, "prefix", rule, len(begun), DataError)
     # One token after what is forced: the beam's texts are the likeliest tokens, as the search itself sees them.
     one_token = replace(
-        how.search(ready.config.generation, target, [begun]), beam=count, nbest=count, length_penalty=0.0, patience=None
+        how.search(ready.config.generation, target, [begun]),
+        beam=count,
+        nbest=count,
+        length_penalty=0.0,
+        patience=None,
+        scored=True,
     )
     [firsts] = find([source], one_token, len(begun) + 1)
     firsts.sort(key=lambda text: -text.log_probs[-1])
@@ -125,7 +131,10 @@ def hypothesis(ready: Ready, source: list[int], text: Decoded, how: BeamSearch, 
     if alignment:
         produced = text.ids if text.truncated else text.ids[:-1]
         aligned = align(ready.translator, ready.tokenizers, source, produced)
-    words, score = ready.tokenizers.target.decode(text.ids), text.score(how.length_penalty, how.lengths)
+    words = ready.tokenizers.target.decode(text.ids)
+    if not how.scored:
+        return Hypothesis(words, math.nan, text.ids, text.truncated, [], aligned)
+    score = text.score(how.length_penalty, how.lengths)
     return Hypothesis(words, score, text.ids, text.truncated, text.log_probs, aligned)
 
 

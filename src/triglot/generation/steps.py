@@ -128,7 +128,7 @@ def greedy(
 ) -> list[list[Decoded]]:
     """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
     rules = [Within(rule, requests) for rule in how.rules]
-    choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules)
+    choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules, scored=how.scored)
     tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_id)
     try:
         return [[text] for text in gather(tokens, len(limits), how.eos_id)]

@@ -81,7 +81,7 @@ class PackedFloat:
         else:
             y = F.linear(x, self.weight, self.bias)
             y = F.relu(y) if activation == "relu" else y
-        return y[:, : self.outputs]
+        return y if y.size(1) == self.outputs else y[:, : self.outputs]
 
 
 class PackedInt8:
