@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from triglot.decoding.beam import BeamSearch, beam_search
+from triglot.decoding.rules import MinLength
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Decoded, Steps, closed_up, generate, stream
 from triglot.errors import CheckpointError, ConfigError
@@ -335,7 +336,14 @@ def test_refuses_a_search_that_makes_no_sense(options, message, without_shape_ch
     assert str(refusal.value) == message
 
 
-@pytest.mark.parametrize("search", [lambda made: run(made, GREEDY, 3), lambda made: run_beam(made, 2, 3)])
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda made: run(made, GREEDY, 3),
+        lambda made: run_beam(made, 2, 3),
+        lambda made: run_beam(made, 2, 3, banned=[BOS], rules=[MinLength(EOS, 1)]),
+    ],
+)
 def test_a_model_of_nan_is_an_error_and_not_a_text(search):
     made = tables(2, 0)
     made[1, ..., 3] = math.nan

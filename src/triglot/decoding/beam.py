@@ -117,6 +117,7 @@ class Beams:
         rows = self.scores.flatten()[first : first + len(logits)].isfinite().nonzero()[:, 0]
         at = [divmod(first + row, self.scores.size(1)) for row in rows.tolist()]
         texts = [self.history[sentence, rank, : self.count].tolist() for sentence, rank in at]
+        refuse_nan(logits[rows].amax(1))  # before a rule is blamed for it
         ruled = apply(self.how.rules, logits[rows], texts, [self.pools[sentence].request for sentence, _ in at])
         return logits.index_copy(0, rows, ruled)
 
