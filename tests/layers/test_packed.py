@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from triglot.layers import packed as packed_module
-from triglot.layers.packed import PackedFloat, PackedInt8, Packer, pack, quantise_rows
+from triglot.layers.packed import PackedFloat, PackedInt7, PackedInt8, Packer, multiplies_int8, pack, quantise_rows
 
-PRECISIONS = ["fp32", "bf16", "int8", "int4"]
+PRECISIONS = ["fp32", "bf16", "int8", "int7", "int4"]
+vnni = pytest.mark.skipif(not multiplies_int8(), reason="this processor does not sum products of four bytes")
 widths = st.sampled_from([(6, 11), (24, 24), (128, 384), (96, 64), (130, 77)])
 
 
@@ -22,7 +23,13 @@ def made(inputs: int, outputs: int, rows: int, seed: int) -> tuple[torch.Tensor,
 
 
 def packed_as(precision: str, weight: torch.Tensor, bias: torch.Tensor | None):
-    return PackedInt8(weight, bias) if precision == "int8" else pack(weight, bias, precision)  # small ones as well
+    match precision:  # small ones as well
+        case "int7":
+            return PackedInt7(weight, bias)
+        case "int8":
+            return packed_module.pack_int8(weight, bias)
+        case _:
+            return pack(weight, bias, precision)
 
 
 @settings(deadline=None, max_examples=50)
@@ -33,9 +40,22 @@ def test_a_packed_projection_is_the_projection(width, rows, seed, precision, bia
     found = packed_as(precision, weight, bias if biased else None)(x)
     error = (found - expected).norm() / expected.norm()
     assert found.dtype == torch.float32
-    assert error < {"fp32": 1e-6, "bf16": 0.02, "int8": 0.03, "int4": 0.2}[precision]
+    assert error < {"fp32": 1e-6, "bf16": 0.02, "int8": 0.03, "int7": 0.03, "int4": 0.2}[precision]
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from([(6, 11), (24, 24), (130, 77), (512, 64)]), st.integers(1, 40), st.integers(0, 999))
+def test_seven_bits_of_weights_are_multiplied_and_summed_exactly_where_eight_would_be_cut_off(width, rows, seed):
+    x, weight, bias = made(*width, rows, seed)
+    x, weight = x.abs(), weight.abs()  # pairs of products are as large as can be
+    packed, largest = PackedInt7(weight, bias), x.abs().amax(1, keepdim=True)
+    whole = (weight * (64 / weight.abs().amax(1))[:, None]).round()
+    sums = (x * (127 / largest)).round().double() @ whole.double().T
+    expected = sums * packed.scale.double() * largest.double() + bias.double()
+    torch.testing.assert_close(packed(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@vnni
 @settings(deadline=None, max_examples=50)
 @given(widths, st.integers(1, 40), st.integers(0, 999))
 def test_whole_numbers_are_multiplied_and_summed_exactly(width, rows, seed):
@@ -58,9 +78,10 @@ def test_a_row_gives_the_same_bits_in_any_company(width, chosen, seed, precision
     assert torch.equal(packed(x[chosen]), packed(x)[chosen])
 
 
-def test_a_row_of_zeros_gives_the_bias():
+@pytest.mark.parametrize("precision", ["int7", "int8"])
+def test_a_row_of_zeros_gives_the_bias(precision):
     _, weight, bias = made(24, 11, 1, 0)
-    assert torch.equal(PackedInt8(weight, bias)(torch.zeros(1, 24)), bias[None])
+    assert torch.equal(packed_as(precision, weight, bias)(torch.zeros(1, 24)), bias[None])
 
 
 @pytest.mark.parametrize("biases", [(False, False), (True, False), (True, True)])
@@ -72,14 +93,26 @@ def test_projections_side_by_side_are_each_of_them_the_first_scaled(biases):
     torch.testing.assert_close(second, linears[1](x))
 
 
-def test_small_weights_of_int8_are_bf16_where_that_is_as_fast(monkeypatch):
-    weight = torch.randn(64, 96)
-    for fast, kind in ((True, PackedFloat), (False, PackedInt8)):
-        monkeypatch.setattr(packed_module, "multiplies_bf16", lambda fast=fast: fast)
-        assert isinstance(pack(weight, None, "int8"), kind)
-        assert isinstance(pack(torch.randn(512, 512), None, "int8"), PackedInt8)
-        packer = Packer("int8")
-        packer(torch.randn(512, 512), None)
-        assert packer.least_rows == 1
-        packer(weight, None)
-        assert packer.least_rows == kind.least_rows
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_small_weights_of_int8_are_floats_of_the_type_that_is_fast(monkeypatch, fast, dtype):
+    monkeypatch.setattr(packed_module, "multiplies_bf16", lambda: fast)
+    packer = Packer("int8")
+    assert isinstance(packer(torch.randn(512, 512), None), PackedInt8 | PackedInt7)
+    assert packer.least_rows == 1
+    small = packer(torch.randn(64, 96), None)
+    assert isinstance(small, PackedFloat)
+    assert small.dtype == dtype
+    assert packer.least_rows == PackedFloat.least_rows
+
+
+@pytest.mark.parametrize(("fast", "kind"), [(True, PackedInt8), (False, PackedInt7)])
+def test_whole_numbers_have_the_bits_that_the_processor_multiplies_without_loss(monkeypatch, fast, kind):
+    monkeypatch.setattr(packed_module, "multiplies_int8", lambda: fast)
+    assert isinstance(pack(torch.randn(512, 512), None, "int8"), kind)
+
+
+def test_whole_numbers_are_refused_where_nothing_multiplies_them(monkeypatch):
+    monkeypatch.setattr(packed_module, "multiplies_int8", lambda: False)
+    monkeypatch.setattr(packed_module, "has_fbgemm", lambda: False)
+    with pytest.raises(ValueError, match=r"`precision` must be fp32 or bf16 on a processor .* but is 'int8' instead"):
+        pack(torch.randn(512, 512), None, "int8")

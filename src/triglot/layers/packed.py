@@ -4,6 +4,7 @@ Each gives every row the bits that it gives the row in any company, given at lea
 product's bits depend on how many rows there are when those are few; sums of whole numbers are exact.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 
+from triglot.errors import require
 from triglot.layers.linear import has_onednn
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
@@ -115,6 +117,33 @@ class PackedInt8:
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
 
+class PackedInt7:
+    """Weights as whole numbers from −64 to 64, for processors that add products of bytes in pairs, in 16 bits.
+
+    255 · 64 · 2 still fits; with weights up to 127 a sum would be cut off (FBGEMM and oneDNN say so of AVX2).
+    """
+
+    least_rows = 1
+
+    def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
+        largest = weight.float().abs().amax(1).clamp_min(LEAST)
+        whole = (weight * (64 / largest)[:, None]).round().to(torch.int8)
+        self.scale = largest / (64 * 127)
+        self.bias = None if bias is None else bias.float()
+        self.num_bytes = whole.nbytes
+        with warnings.catch_warnings():  # PyTorch wants to be rid of tensors that are quantised; its products want one
+            warnings.simplefilter("ignore")
+            middles = torch.zeros(len(whole), dtype=torch.long)
+            quantised = torch._make_per_channel_quantized_tensor(whole, self.scale.double(), middles, 0)
+            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        x = x * (_MOST / largest)  # the product rounds
+        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, ZERO, self.packed)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
+
+
 class PackedInt4:
     """Weights as numbers from 0 to 15, each GROUP of inputs with a scale and a middle of its own; rows are bf16."""
 
@@ -175,22 +204,42 @@ class Packer:
 def pack(
     weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None, precision: Precision
 ) -> Packed:
-    """A projection in `precision`; small ones are not worth their quantised rows where bf16 is as fast."""
+    """A projection in `precision`; small ones are not worth their quantised rows."""
     match precision:
         case "fp32":
             return PackedFloat(weight, bias, torch.float32)
         case "bf16":
             return PackedFloat(weight, bias, torch.bfloat16)
-        case "int8" if weight.numel() < SMALL and multiplies_bf16():
-            return PackedFloat(weight, bias, torch.bfloat16)
+        case "int8" if weight.numel() < SMALL:
+            return PackedFloat(weight, bias, torch.bfloat16 if multiplies_bf16() else torch.float32)
         case "int8":
-            return PackedInt8(weight, bias)
+            return pack_int8(weight, bias)
         case "int4" if PackedInt4.takes(weight):
             return PackedInt4(weight, bias)
         case "int4":
             return pack(weight, bias, "int8")
         case _:
             assert_never(precision)
+
+
+def pack_int8(
+    weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
+) -> PackedInt8 | PackedInt7:
+    """A projection in whole numbers, of as many bits as this processor multiplies without loss."""
+    if multiplies_int8():
+        return PackedInt8(weight, bias)
+    require(has_fbgemm(), "precision", "fp32 or bf16 on a processor for which PyTorch has no FBGEMM", "int8")
+    return PackedInt7(weight, bias)
+
+
+def has_fbgemm() -> bool:
+    """Whether PyTorch was built with the products of whole numbers that processors of x86 have."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def multiplies_int8() -> bool:
+    """Whether this processor has instructions that sum products of four bytes in 32 bits, and PyTorch uses them."""
+    return torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def multiplies_bf16() -> bool:
