@@ -18,6 +18,7 @@ from triglot.generation.engine import Engine
 from triglot.generation.results import Hypothesis
 from triglot.generation.workers import Workers
 from triglot.layers.masks import create_masks
+from triglot.layers.packed import multiplies_bf16
 from triglot.recipe import from_dict
 from triglot.tokenizer import Tokenizer
 
@@ -278,7 +279,8 @@ def test_less_precision_changes_scores_a_little(folder, run, precision):
     engine = triglot.load(folder, device="cpu", precision=precision)
     exact = run.translate(["zwei"], beam=1, max_new_tokens=1)[0][0]
     other = engine.translate(["zwei"], beam=1, max_new_tokens=1, prefixes=[""])[0][0]
-    assert other.score != exact.score
+    changes = precision == "bf16" or multiplies_bf16()  # else so small a model's products stay in fp32
+    assert (other.score != exact.score) == changes
     assert other.score == pytest.approx(exact.score, abs=0.5)
 
 

@@ -46,12 +46,13 @@ def test_a_packed_projection_is_the_projection(width, rows, seed, precision, bia
 @settings(deadline=None, max_examples=50)
 @given(st.sampled_from([(6, 11), (24, 24), (130, 77), (512, 64)]), st.integers(1, 40), st.integers(0, 999))
 def test_seven_bits_of_weights_are_multiplied_and_summed_exactly_where_eight_would_be_cut_off(width, rows, seed):
-    x, weight, bias = made(*width, rows, seed)
-    x, weight = x.abs(), weight.abs()  # pairs of products are as large as can be
-    packed, largest = PackedInt7(weight, bias), x.abs().amax(1, keepdim=True)
-    whole = (weight * (64 / weight.abs().amax(1))[:, None]).round()
-    sums = (x * (127 / largest)).round().double() @ whole.double().T
-    expected = sums * packed.scale.double() * largest.double() + bias.double()
+    _, weight, bias = made(*width, rows, seed)
+    weight = weight.abs()  # pairs of products are as large as can be
+    x = torch.randint(0, 128, (rows, width[0]), generator=torch.Generator().manual_seed(seed)).float()
+    x[:, 0] = 127  # whole already: there is nothing to round
+    packed = PackedInt7(weight, bias)
+    whole = (weight * (64 / weight.amax(1))[:, None]).round()
+    expected = (x.double() @ whole.double().T) * packed.scale.double() * 127 + bias.double()
     torch.testing.assert_close(packed(x).double(), expected, rtol=1e-6, atol=1e-6)
 
 
