@@ -127,6 +127,13 @@ def read_rate(megabytes: int = 512, rounds: int = 20) -> float:
     return numbers.nbytes / best
 
 
+def seconds(work: Callable[[], Any]) -> float:
+    """How long it takes, once."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def peak_memory() -> int:
     """The most bytes that this process ever held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -35,6 +35,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "norm_order": "pre", "norm": "rms", "positions": "rotary", "activation": "swiglu", "num_kv_heads": 2,
         "bias": False, "experts": {"num_experts": 5, "top_k": 3},
     },
+    "pre-rms-sigmoid-shared-experts": {
+        "norm_order": "pre", "norm": "rms", "activation": "swiglu", "bias": False,
+        "experts": {"num_experts": 5, "top_k": 2, "router": "sigmoid", "shared": 1, "d_ff": 11},
+    },
     "experts-with-capacity": {"experts": {"num_experts": 5, "top_k": 2, "capacity_factor": 0.5}},
 }  # fmt: skip
 

@@ -9,6 +9,8 @@ from triglot.config import BlockOptions, ExpertOptions
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.layers.moe import MixtureOfExperts
+from triglot.models.decoder_only import DecoderLLM
+from triglot.models.encoder_decoder import Transformer
 
 BATCH, SOURCE, TARGET, HEADS, D_MODEL, D_FF = 2, 7, 5, 3, 33, 17
 BLOCK = {"atol": 2e-6, "rtol": 0}
@@ -163,12 +165,50 @@ def test_a_rate_left_out_is_the_blocks_own():
 
 def test_experts_stand_in_every_nth_block():
     options = BlockOptions(activation="gelu", experts=ExpertOptions(num_experts=3, every=2, d_ff=7))
-    kinds = [make_feed_forward(D_MODEL, D_FF, 0.0, options_of_layer(options, layer)) for layer in range(5)]
+    kinds = [make_feed_forward(D_MODEL, D_FF, 0.0, options_of_layer(options, layer, "decoder")) for layer in range(5)]
     assert [type(kind) for kind in kinds] == [
         PointwiseFeedForward, MixtureOfExperts, PointwiseFeedForward, MixtureOfExperts, PointwiseFeedForward
     ]  # fmt: skip
     assert kinds[1].inner.shape == (3, 7, D_MODEL)
     assert kinds[0].inner.out_features == D_FF
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_experts_stand_on_the_side_they_are_asked_for(side):
+    model = Transformer(11, 13, 8, 2, 2, 5, 17, options=BlockOptions(experts=ExpertOptions(num_experts=3, side=side)))
+    kinds = {
+        name: {type(layer.feed_forward) for layer in stack.layers}
+        for name, stack in (("encoder", model.encoder), ("decoder", model.decoder))
+    }
+    assert kinds.pop(side) == {MixtureOfExperts}
+    assert list(kinds.values()) == [{PointwiseFeedForward}]
+
+
+def test_expert_choice_is_refused_in_a_decoder_with_the_reason():
+    options = BlockOptions(experts=ExpertOptions(num_experts=3, router="expert_choice"))
+    message = (
+        r'`router` must be another, or side "encoder", where there is a decoder: whom experts choose there depends'
+    )
+    makers = {
+        DecoderLLM: (11, 8, 2, 1, 5, 17),
+        Transformer: (11, 13, 8, 1, 2, 5, 17),
+        DecoderLayer: (8, 2, 5),
+        DecoderBlock: (8, 2, 5),
+    }
+    for make, shape in makers.items():
+        with pytest.raises(ValueError, match=message):
+            make(*shape, options=options)
+
+
+def test_expert_choice_in_an_encoder_sees_neither_batch_mates_nor_padding():
+    experts = ExpertOptions(num_experts=3, router="expert_choice", side="encoder")
+    model = Transformer(23, 29, 16, 2, 2, 11, 17, options=BlockOptions(norm_order="pre", experts=experts)).eval()
+    src, tgt = torch.randint(3, 23, (3, 7)), torch.randint(3, 29, (3, 5))
+    src[0, 4:], src[2, 6:] = 0, 0
+    together = model(src, tgt, *create_masks(src, tgt)).logits
+    for row in range(3):
+        alone, own = src[row : row + 1, src[row] != 0], tgt[row : row + 1]
+        torch.testing.assert_close(model(alone, own, *create_masks(alone, own)).logits[0], together[row])
 
 
 def test_one_expert_is_the_dense_block():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from triglot import losses
+from triglot.config import ExpertOptions
 from triglot.layers.moe import MixtureOfExperts
 from triglot.losses import IGNORED, expert_losses, projected_cross_entropy, token_cross_entropy
 
@@ -105,7 +106,10 @@ def test_expert_losses_are_means_over_layers_in_units_that_depth_does_not_change
         expected = sum(getattr(layer, name).item() for layer in routing) / 3
         assert getattr(losses, name).item() == pytest.approx(expected)
     torch.testing.assert_close(expert_losses(routing * 4), losses)
-    assert expert_losses([]) == (0, 0)
+    assert expert_losses([]) == (0, 0, 0)
+    options = ExpertOptions(num_experts=3, balance_weight=0.5, importance_weight=0.25, z_weight=2.0)
+    expected = 0.5 * losses.balance + 0.25 * losses.importance + 2 * losses.z
+    torch.testing.assert_close(losses.weighted(options), expected)
 
 
 # Fused with the projection

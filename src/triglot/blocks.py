@@ -1,7 +1,7 @@
 """What models are stacked from: attention and feed-forward in residual connections (Vaswani et al. 2017, §3.1)."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from triglot.layers.attention import Attention, MultiHeadAttention
 from triglot.layers.cache import LayerCache, MemoryCache
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.masks import real_tokens
-from triglot.layers.moe import MixtureOfExperts, Routing
+from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
 from triglot.layers.positions import Rotation
+from triglot.layers.routing import Routing
 
 Hidden = Float[Tensor, "batch length d_model"]
 Memory = Float[Tensor, "batch memory d_model"]
@@ -45,9 +46,10 @@ class BlockOutput(NamedTuple):
     routing: Routing | None
 
 
-def options_of_layer(options: BlockOptions, layer: int) -> BlockOptions:
-    """The options of block number `layer`, from 0: without experts unless it is an `experts.every`-th one."""
-    sparse = options.experts is not None and (layer + 1) % options.experts.every == 0
+def options_of_layer(options: BlockOptions, layer: int, side: Literal["encoder", "decoder"]) -> BlockOptions:
+    """The options of block number `layer`, from 0: without experts unless it is an `experts.every`-th one of a side."""
+    experts = options.experts
+    sparse = experts is not None and experts.on(side) and (layer + 1) % experts.every == 0
     return options if sparse else replace(options, experts=None)
 
 
@@ -65,6 +67,13 @@ def make_feed_forward(
         experts.d_ff or d_ff,
         experts.top_k,
         experts.capacity_factor,
+        router=experts.router,
+        renormalize=experts.renormalize,
+        bias_rate=experts.bias_rate,
+        noise=experts.noise,
+        capacity_over=experts.capacity_over,
+        min_capacity=experts.min_capacity,
+        shared=experts.shared,
         activation=options.activation,
         bias=options.bias,
         router_bias=experts.router_bias,
@@ -90,6 +99,8 @@ class Block(nn.Module):
         def residual() -> Residual:
             return Residual(d_model, dropout, norm=options.norm, order=options.norm_order, eps=options.norm_eps)
 
+        if reads_memory and options.experts is not None:
+            options.experts.on("decoder")
         self.self_attention, self.around_self_attention = attention(), residual()
         if reads_memory:
             self.cross_attention, self.around_cross_attention = attention(), residual()
@@ -185,6 +196,8 @@ class DecoderBlock(EncoderLayer):
         dropout: float = 0.1,
         options: BlockOptions = BlockOptions(attention_dropout=0.0),
     ) -> None:
+        if options.experts is not None:
+            options.experts.on("decoder")
         super().__init__(d_model, n_heads, d_ff, dropout, options=options)
 
     def forward(self, x: Hidden, mask: Mask | None = None) -> Hidden:  # type: ignore[override]  # the document's call

@@ -12,6 +12,7 @@ Norm = Literal["layer", "rms"]
 NormOrder = Literal["pre", "post"]
 Positions = Literal["sinusoidal", "learned", "rotary"]
 Activation = Literal["relu", "gelu", "swiglu"]
+Router = Literal["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"]
 Kind = Literal["encoder_decoder", "decoder_only"]
 
 
@@ -60,15 +61,35 @@ class ExpertOptions(Checked):
     num_experts: Count
     """How many experts a layer has."""
     top_k: Count = 2
-    """How many of them a token visits."""
+    """How many of them a token visits; with expert choice, how many visit a token on average."""
     d_ff: Count | None = None
     """Inner width of one expert; None: the block's own `d_ff`."""
+    shared: Natural = 0
+    """So many further experts that every token visits, as one of `shared` times the width (Dai et al. 2024, §3.2)."""
     every: Count = 1
     """1: every block; n: the n-th, 2n-th, … block."""
+    side: Literal["both", "encoder", "decoder"] = "both"
+    """encoder_decoder: whose blocks."""
+    router: Router = "softmax"
+    """softmax: the most probable, weighted by probability; softmax_of_chosen: by a softmax over these alone;
+    sigmoid: chosen with a bias that keeps the load even without a loss (Wang et al. 2024); expert_choice: experts
+    choose their tokens, in encoders only (Zhou et al. 2022)."""
+    renormalize: bool | None = None
+    """softmax: whether a token's weights sum to 1; None: with more than one expert, as in Mixtral; OLMoE: false."""
+    bias_rate: Weight = 0.001
+    """sigmoid: how far the bias moves after each step."""
+    noise: Weight = 0.0
+    """Standard deviation of what is added to the router's logits in training."""
     capacity_factor: Positive | None = None
     """None drops nothing; a factor limits an expert's share of a training batch (Fedus et al. 2021, §2.2)."""
+    capacity_over: Literal["batch", "sequence"] = "batch"
+    """Whether places are given in the whole batch, or in each sequence by itself."""
+    min_capacity: Count = 4
+    """No expert has fewer places."""
     balance_weight: Weight = 0.01
     """Weight of the load-balancing loss, which is 1 at perfect balance."""
+    importance_weight: Weight = 0.0
+    """Weight of the squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 7)."""
     z_weight: Weight = 0.001
     """Weight of the router z-loss (Zoph et al. 2022, eq. 5)."""
     router_bias: bool = False
@@ -78,6 +99,23 @@ class ExpertOptions(Checked):
         super().__post_init__()
         rule = f"at most num_experts ({self.num_experts})"
         _require(self.top_k <= self.num_experts, "top_k", rule, self.top_k)
+        single = self.top_k == 1 and (self.renormalize or self.router == "softmax_of_chosen")
+        rule = "at least 2 where a token's weights sum to 1: a weight that is always 1 teaches a router nothing"
+        _require(not single, "top_k", rule, self.top_k)
+        takes = self.router != "expert_choice" or self.capacity_factor is None
+        rule = "None with expert_choice, where experts take as many tokens as they have places for"
+        _require(takes, "capacity_factor", rule, self.capacity_factor)
+
+    def on(self, side: Literal["encoder", "decoder"], path: str = "") -> bool:
+        """Whether blocks of this side have experts; raises ConfigError where they would look into the future."""
+        if self.side not in ("both", side):
+            return False
+        rule = (
+            'another, or side "encoder", where there is a decoder:'
+            " whom experts choose there depends on tokens that are not yet written"
+        )
+        _require(side == "encoder" or self.router != "expert_choice", f"{path}router", rule, self.router)
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +181,11 @@ class ModelConfig(Checked):
         kv_heads = self.options.num_kv_heads or self.num_heads
         rule = f"a divisor of num_heads ({self.num_heads})"
         _require(self.num_heads % kv_heads == 0, "options.num_kv_heads", rule, kv_heads)
+        if (experts := self.options.experts) is not None:
+            experts.on("decoder", "options.experts.")
+            rule = "both or decoder where there is no encoder"
+            lost = self.kind == "decoder_only" and experts.side == "encoder"
+            _require(not lost, "options.experts.side", rule, experts.side)
         rotary, head_dim = self.options.positions == "rotary", self.d_model // self.num_heads
         rule = f"an even multiple of num_heads ({self.num_heads}) with rotary positions"
         _require(not rotary or head_dim % 2 == 0, "d_model", rule, self.d_model)

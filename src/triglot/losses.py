@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from triglot.layers.moe import Routing
+from triglot.config import ExpertOptions
+from triglot.layers.routing import Routing
 
 CHUNK = (1 << 21, 1 << 26)
 """Logits that are made at a time: on a processor as many as its caches hold, on a GPU as many as keep it busy."""
@@ -147,13 +148,20 @@ class ExpertLosses(NamedTuple):
     """Means over the layers that have experts; zero where none has."""
 
     balance: Float[Tensor, ""]
+    importance: Float[Tensor, ""]
     z: Float[Tensor, ""]
+
+    def weighted(self, options: ExpertOptions) -> Float[Tensor, ""]:
+        """What stands beside the mean loss of a token."""
+        own = options.balance_weight * self.balance + options.z_weight * self.z
+        return own + options.importance_weight * self.importance if options.importance_weight else own
 
 
 def expert_losses(routing: Sequence[Routing]) -> ExpertLosses:
-    """The balance loss (1 = perfect) and the router z-loss of a model, in units that do not depend on its depth."""
+    """The losses of a model's routers, in units that do not depend on its depth; balance is 1 when perfect."""
     if not routing:
-        return ExpertLosses(torch.zeros(()), torch.zeros(()))
-    return ExpertLosses(
-        torch.stack([layer.balance for layer in routing]).mean(), torch.stack([layer.z for layer in routing]).mean()
+        return ExpertLosses(*[torch.zeros(())] * 3)
+    balance, importance, z = (
+        torch.stack([getattr(layer, name) for layer in routing]).mean() for name in ("balance", "importance", "z")
     )
+    return ExpertLosses(balance, importance, z)

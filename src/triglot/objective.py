@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from triglot.data.batch import Batch, PairBatch, targets_of, twice
 from triglot.layers.masks import create_masks
-from triglot.layers.moe import Routing
+from triglot.layers.routing import Routing
 from triglot.losses import ExpertLosses, expert_losses, projected_cross_entropy
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
@@ -22,6 +22,8 @@ class ExpertStats(NamedTuple):
     """How a forward pass used its experts, layer by layer, detached from the graph."""
 
     load: Float[Tensor, "layers experts"]
+    choices: Float[Tensor, " layers"]
+    """How many that is the share of."""
     entropy: Float[Tensor, " layers"]
     dropped: Float[Tensor, " layers"]
     balance: Float[Tensor, ""]
@@ -54,8 +56,7 @@ class Objective(nn.Module):
         loss, extra = scored.total, expert_losses(routing)
         options = self.model.options.experts
         if self.training and options is not None:
-            penalty = options.balance_weight * extra.balance + options.z_weight * extra.z
-            loss = loss + scored.tokens * penalty
+            loss = loss + scored.tokens * extra.weighted(options)
         stats = _describe(routing, extra) if routing else None
         return Totals(loss, scored.total.detach(), scored.nll, scored.tokens, stats)
 
@@ -63,6 +64,7 @@ class Objective(nn.Module):
 def _describe(routing: Sequence[Routing], losses: ExpertLosses) -> ExpertStats:
     return ExpertStats(
         load=torch.stack([layer.load for layer in routing]).detach(),
+        choices=torch.stack([layer.choices for layer in routing]).detach(),
         entropy=torch.stack([layer.entropy for layer in routing]).detach(),
         dropped=torch.stack([layer.dropped for layer in routing]).detach(),
         balance=losses.balance.detach(),

@@ -44,6 +44,9 @@ def make() -> Callable[..., Any]:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(6 if weight.dim() > 1 else 1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("selection_bias"):
+                    buffer.uniform_(-0.5, 0.5)
             bias = torch.zeros(size)
             bias[Tokenizer.eos_id] = 3.0 if pairs else 1.5
             bias[3 + len(tags) :] = torch.randn(size - 3 - len(tags)) / 2

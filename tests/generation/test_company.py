@@ -14,7 +14,7 @@ prompts = st.text(letters, max_size=50)
 OPTIONS = {
     "pre": {"norm_order": "pre"},
     "rotary": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "activation": "swiglu", "num_kv_heads": 1},
-    "experts": {"norm_order": "pre", "experts": {"num_experts": 5, "top_k": 2}},
+    "experts": {"norm_order": "pre", "experts": {"num_experts": 5, "top_k": 2, "router": "sigmoid", "shared": 1}},
 }
 ENGINES = [("pre", "fp32"), ("rotary", "int8"), ("experts", "fp32"), ("pre", "bf16")]
 

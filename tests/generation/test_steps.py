@@ -99,7 +99,7 @@ def test_what_is_no_token_and_what_is_banned_never_comes(options):
 CONFIGS = {
     "pre-rms-rotary": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "bias": False},
     "post-learned-grouped": {"positions": "learned", "num_kv_heads": 2},
-    "experts": {"activation": "gelu", "experts": {"num_experts": 5, "d_ff": 11}},
+    "experts": {"activation": "gelu", "experts": {"num_experts": 5, "d_ff": 11, "router": "sigmoid", "shared": 1}},
 }
 
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.initialise import matrices
-from triglot.layers.moe import MixtureOfExperts, choose, expert_capacity, within_capacity
+from triglot.layers.moe import MixtureOfExperts
+from triglot.layers.routing import expert_capacity, within_capacity
 
 BATCH, LENGTH, WIDTH, EXPERTS, INNER = 2, 7, 11, 5, 13
 MOE = {"atol": 1e-5, "rtol": 1e-5}
@@ -209,6 +210,102 @@ def test_one_expert_is_the_dense_feed_forward(activation, x):
     torch.testing.assert_close(moe(x), dense(x), atol=2e-6, rtol=0)
 
 
+def gradients(output: torch.Tensor, *wanted: torch.Tensor) -> list[torch.Tensor]:
+    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return [output, *torch.autograd.grad((output * upstream).sum(), wanted)]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (4, 2)])
+def test_identical_experts_are_the_dense_feed_forward_gradients_included(activation, num_experts, k, x):
+    dense = PointwiseFeedForward(WIDTH, INNER, 0.0, activation=activation)
+    moe = MixtureOfExperts(WIDTH, num_experts, INNER, k, None, activation=activation)
+    linears = {"inner": dense.inner, "outer": dense.outer}
+    with torch.no_grad():
+        for name, linear in linears.items():
+            getattr(moe, name).copy_(linear.weight.expand_as(getattr(moe, name)))
+            getattr(moe, f"{name}_bias").copy_(linear.bias.expand_as(getattr(moe, f"{name}_bias")))
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = [part for linear in linears.values() for part in (linear.weight, linear.bias)]
+    expected = gradients(dense(one), one, *weights)
+    found = gradients(moe(two), two, moe.inner, moe.inner_bias, moe.outer, moe.outer_bias)
+    found[2:] = [part.sum(0) for part in found[2:]]
+    torch.testing.assert_close(found, expected, **MOE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "tolerance"), [(torch.float32, None, 1e-5), (torch.float64, "loop", 1e-12)]
+)
+@pytest.mark.parametrize("router", ["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"])
+def test_a_token_is_computed_alike_in_any_batch(router, dtype, backend, tolerance, x, padding):
+    moe = MixtureOfExperts(WIDTH, EXPERTS, INNER, router=router, shared=1, backend=backend).to(dtype).eval()
+    x = x.to(dtype)
+    together = moe.run(x, padding)
+    wider = moe.run(F.pad(x, (0, 0, 0, 3), value=7.0), F.pad(padding, (0, 3)))
+    order = torch.randperm(BATCH)
+    permuted = moe.run(x[order], padding[order])
+    split = [moe.run(x[row : row + 1], padding[row : row + 1]) for row in range(BATCH)]
+    others = [
+        (wider.output[:, :LENGTH], wider.routing.experts[:, :LENGTH]),
+        (permuted.output[order.argsort()], permuted.routing.experts[order.argsort()]),
+        (torch.cat([one.output for one in split]), torch.cat([one.routing.experts for one in split])),
+    ]
+    if router != "expert_choice":
+        later = x.clone()
+        later[:, 4:] = torch.randn_like(later[:, 4:])
+        found = moe.run(later, padding)
+        assert torch.equal(found.routing.experts[:, :4], together.routing.experts[:, :4])
+        torch.testing.assert_close(found.output[:, :4], together.output[:, :4], atol=tolerance, rtol=tolerance)
+    for output, experts in others:
+        assert torch.equal(experts[padding], together.routing.experts[padding])
+        torch.testing.assert_close(output[padding], together.output[padding], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("router", ["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"])
+def test_a_shared_expert_is_added_for_every_real_token(router, x, padding):
+    moe = MixtureOfExperts(WIDTH, EXPERTS, INNER, router=router, shared=2).eval()
+    assert moe.shared.inner.out_features == 2 * INNER
+    shared, moe.shared = moe.shared, None
+    expected = moe(x, padding) + shared(x) * padding[..., None]
+    moe.shared = shared
+    torch.testing.assert_close(moe(x, padding), expected)
+
+
+def test_the_bias_that_chooses_stays_whole_in_a_narrow_model(x):
+    moe = MixtureOfExperts(WIDTH, EXPERTS, INNER, router="sigmoid").eval()
+    moe.selection_bias.uniform_(-0.5, 0.5)
+    before = moe.selection_bias.clone()
+    narrow = moe.to(torch.bfloat16)
+    assert narrow.inner.dtype == torch.bfloat16
+    assert torch.equal(narrow.selection_bias, before)
+    assert narrow.to(torch.float64).selection_bias.dtype == torch.float32
+
+
+def test_noise_moves_choices_in_training_alone(x):
+    moe = MixtureOfExperts(WIDTH, EXPERTS, INNER, noise=5.0, capacity_factor=None)
+    drawn = [moe.train().run(x).routing.experts for _ in range(2)]
+    assert not torch.equal(*drawn)
+    plain = MixtureOfExperts(WIDTH, EXPERTS, INNER, capacity_factor=None).eval()
+    plain.load_state_dict(moe.state_dict())
+    assert torch.equal(moe.eval()(x), plain(x))
+
+
+def test_capacity_over_sequences_is_that_of_each_sequence_alone(x, padding):
+    limits = {"capacity_factor": 0.5, "min_capacity": 1}
+    moe = MixtureOfExperts(WIDTH, EXPERTS, INNER, capacity_over="sequence", **limits).train()
+    alone = MixtureOfExperts(WIDTH, EXPERTS, INNER, **limits).train()
+    alone.load_state_dict(moe.state_dict())
+    together = moe.run(x, padding)
+    assert together.routing.dropped > 0
+    capacities = []
+    for row in range(BATCH):
+        found = alone.run(x[row : row + 1], padding[row : row + 1])
+        capacities.append(alone.expert_capacity)
+        assert torch.equal(found.routing.kept[0], together.routing.kept[row])
+        torch.testing.assert_close(found.output[0], together.output[row], **MOE)
+    assert moe.expert_capacity == max(capacities)
+
+
 @every_k
 def test_balance_is_one_when_all_experts_are_equally_likely_and_equally_chosen(k):
     moe = MixtureOfExperts(EXPERTS, EXPERTS, INNER, k)
@@ -266,6 +363,11 @@ def test_padding_is_routed_nowhere_and_counted_nowhere(k, x, padding):
     assert not one.output[~padding].any()
     for name in ("load", "balance", "z", "dropped", "entropy"):
         torch.testing.assert_close(getattr(one.routing, name), getattr(two.routing, name))
+    spoilt = moe.run(x.masked_fill(~padding[..., None], torch.nan), padding)
+    assert torch.equal(spoilt.output, one.output)
+    assert all(
+        getattr(spoilt.routing, name).isfinite() for name in ("balance", "importance", "z", "dropped", "entropy")
+    )
     wider = F.pad(x, (0, 0, 0, 3)), F.pad(padding, (0, 3))
     torch.testing.assert_close(moe(*wider)[:, :LENGTH], one.output, **MOE)
 
@@ -277,19 +379,6 @@ def test_a_batch_of_padding_alone_is_all_zeros_and_finite(x):
     assert all(value.isfinite().all() for value in (routing.load, routing.balance, routing.z, routing.entropy))
     (output.sum() + routing.balance + routing.z).backward()
     assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
-
-
-def test_ties_go_to_the_lower_id_and_exactly_k_are_chosen():
-    choice = choose(torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]]), 2)
-    assert choice.experts.tolist() == [[1, 2], [0, 1]]
-    torch.testing.assert_close(choice.weights, torch.full((2, 2), 0.5))
-
-
-def test_the_weight_is_the_probability_with_one_choice_and_sums_to_one_with_more(x):
-    logits = torch.randn(17, EXPERTS)
-    assert torch.equal(choose(logits, 1).weights[:, 0], logits.softmax(-1).amax(-1))
-    for k in (2, 3):
-        torch.testing.assert_close(choose(logits, k).weights.sum(-1), torch.ones(17))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -310,7 +399,7 @@ def test_autocast_changes_no_routing(x):
         result = moe.run(x)
     assert torch.equal(result.routing.experts, expected.routing.experts)
     assert torch.equal(result.routing.weights, expected.routing.weights)
-    torch.testing.assert_close(result.output, expected.output, atol=3e-2, rtol=0)
+    torch.testing.assert_close(result.output.float(), expected.output, atol=3e-2, rtol=0)
 
 
 def test_no_output_depends_on_the_batch_it_is_in(x):
@@ -377,13 +466,24 @@ def test_dropout_acts_in_training_only(x):
         ({"k": 6}, r"`k` must be between 1 and num_experts \(5\), but is 6 instead\."),
         ({"k": 0}, r"`k` must be between 1 and num_experts \(5\), but is 0 instead\."),
         ({"num_experts": 0}, r"`num_experts` must be at least 1, but is 0 instead\."),
-        ({"capacity_factor": 0.0}, r"`capacity_factor` must be above 0, or None, but is 0\.0 instead\."),
+        ({"capacity_factor": 0.0}, r"`capacity_factor` must be above 0 and finite, or None, but is 0\.0 instead\."),
+        ({"capacity_factor": math.inf}, r"`capacity_factor` must be above 0 and finite, or None, but is inf instead\."),
+        ({"shared": -1}, r"`shared` must be at least 0, but is -1 instead\."),
+        ({"bias_rate": -1.0}, r"`bias_rate` must be at least 0, but is -1\.0 instead\."),
         ({"min_capacity": 0}, r"`min_capacity` must be at least 1, but is 0 instead\."),
+        ({"noise": -1.0}, r"`noise` must be at least 0, but is -1\.0 instead\."),
     ],
 )
 def test_what_cannot_work_is_refused_in_the_constructor(arguments, message):
     with pytest.raises(ValueError, match=message):
         MixtureOfExperts(**{"hidden_dim": WIDTH, "num_experts": EXPERTS, "expert_dim": INNER} | arguments)
+
+
+@pytest.mark.parametrize("name", ["router", "backend"])
+@pytest.mark.usefixtures("without_shape_checks")
+def test_refuses_a_router_and_a_backend_that_it_does_not_have(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .*, but is 'other' instead"):
+        MixtureOfExperts(WIDTH, EXPERTS, INNER, **{name: "other"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])

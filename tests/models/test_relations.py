@@ -20,6 +20,9 @@ def perturbed(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("selection_bias"):
+                buffer.uniform_(-0.5, 0.5)
     return model.eval()
 
 

@@ -16,7 +16,10 @@ import pytest
 MODELS = {
     "encoder-decoder": {"kind": "encoder_decoder"},
     "decoder-only": {"kind": "decoder_only"},
-    "experts": {"kind": "decoder_only", "options": {"experts": {"num_experts": 3, "capacity_factor": 1.0}}},
+    "experts": {
+        "kind": "decoder_only",
+        "options": {"experts": {"num_experts": 3, "capacity_factor": 1.0, "router": "sigmoid"}},
+    },
 }
 SHAPE = {"d_model": 6, "num_heads": 2, "num_layers": 1, "d_ff": 11, "max_seq_length": 61}
 TRAIN = {

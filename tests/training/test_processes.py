@@ -25,7 +25,7 @@ from triglot.training.session import check, train
 
 SIZE = 2
 WORDS = ["ein", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
-EXPERTS = {"num_experts": 5, "top_k": 2, "every": 2, "capacity_factor": 1.0}
+EXPERTS = {"num_experts": 5, "top_k": 2, "every": 2, "capacity_factor": 1.0, "router": "sigmoid", "shared": 1}
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
@@ -167,6 +167,8 @@ def assert_close(one: Path, other: Path) -> None:
     for mine, their in zip(*(read_metrics(run / "metrics.jsonl") for run in (one, other)), strict=True):
         assert mine.keys() == their.keys()
         assert mine["kind"] == their["kind"]
+        loads = [line.get("experts", {}).pop("load", []) for line in (mine, their)]
+        torch.testing.assert_close(*map(torch.tensor, loads), rtol=0, atol=2e-4)
         for key in mine.keys() - {"kind", "seconds", "tokens_per_second"}:
             assert mine[key] == pytest.approx(their[key], rel=1e-4 if muon else 1e-5), (key, mine["step"])
     mine, their = (read_progress(find_checkpoint(run, "last")) for run in (one, other))

@@ -29,6 +29,14 @@ class Split(StrEnum):
     test = "test"
 
 
+class AnyRouter(StrEnum):
+    """Routers whose weights sum to 1."""
+
+    softmax = "softmax"
+    softmax_of_chosen = "softmax_of_chosen"
+    sigmoid = "sigmoid"
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where its runs and pages go.")] = Path("runs/demo"),
@@ -166,6 +174,30 @@ def evaluate(
 
 
 @app.command()
+def upcycle(
+    run: Run,
+    experts: Annotated[int, typer.Option(help="How many experts a layer gets.")] = 8,
+    top_k: Annotated[int, typer.Option(help="How many of them a token visits.")] = 2,
+    every: Annotated[int, typer.Option(help="2: every second block; and so on.")] = 1,
+    router: Annotated[AnyRouter, typer.Option(help="How they are chosen.")] = AnyRouter.softmax,
+    out: Annotated[
+        Path | None, typer.Option(metavar="NEW", help="The new run; RUN-upcycled by default.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the routers' first weights.")] = 0,
+    which: Which = "best",
+) -> None:
+    """Turn a dense run into one with experts that computes the same, to train on from."""
+    from triglot.config import ExpertOptions
+    from triglot.upcycling import upcycle
+
+    out = out or run.with_name(f"{run.resolve().name}-upcycled")
+    upcycle(run, out, ExpertOptions(num_experts=experts, top_k=top_k, every=every, router=router.value), which, seed)
+    told = {"num_experts": experts, "top_k": top_k, "every": every, "router": router.value}
+    settings = " ".join(f"--set model.options.experts.{key}={value}" for key, value in told.items())
+    typer.echo(f"{out}: to train on, add to its recipe: --set init.from={out} {settings}")
+
+
+@app.command()
 def inspect(
     run: Run,
     batch: Annotated[int, typer.Option(help="Rows of the random batch whose shapes are shown.")] = 2,
@@ -195,6 +227,30 @@ def explain(
     from triglot.insight.explain import explain
 
     typer.echo(explain(run, text, target=target, tag=tag, out=out, which=which))
+
+
+@app.command()
+def experts(
+    run: Run,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=FILE]…", help="A text of each domain; by default the run's target tags."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+    which: Which = "best",
+) -> None:
+    """Show which experts compute which domain: languages, kinds of text."""
+    from triglot.insight.domains import as_dict, expert_domains, table
+
+    named = dict(map(_named, files or []))
+    found = expert_domains(run, named, which)
+    typer.echo(json.dumps(as_dict(found)) if as_json else table(found))
+
+
+def _named(given: str) -> tuple[str, Path]:
+    name, _, file = given.partition("=")
+    require(bool(name) and Path(file).is_file(), "NAME=FILE", "a name, = and a file", given, ConfigError)
+    return name, Path(file)
 
 
 @app.command()

@@ -110,6 +110,8 @@ class Sharded(Parallel[M]):
             weight = _full(mine)
             if self.team.is_first:
                 all_of_it.copy_(weight)
+        for mine_too, same in zip(self.module.buffers(), self.whole.buffers(), strict=True):
+            same.copy_(mine_too)
 
     @torch.no_grad()
     def collect_optimizer(self) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
@@ -20,9 +20,9 @@ from triglot.generation.held import WIDTH, Held, Place, round_up
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.attention import MultiHeadAttention
 from triglot.layers.feed_forward import Activation, PointwiseFeedForward, activate
-from triglot.layers.moe import MixtureOfExperts, choose
+from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
-from triglot.layers.packed import Packed, PackedFloat, Packer, Precision, pack
+from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, Packer, Precision, pack
 from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
@@ -54,6 +54,11 @@ class Whole(NamedTuple):
     texts: int
     length: int
     bias: Float[Tensor, "#texts 1 #length length"]
+
+    @property
+    def real(self) -> Bool[Tensor, "texts length"]:
+        """Which rows are no padding."""
+        return (self.bias[:, 0, -1] == 0).expand(self.texts, self.length)
 
 
 def attend(
@@ -183,6 +188,12 @@ class PreparedFeedForward:
     def __init__(self, inner: Packed, outer: Packed, activation: Activation) -> None:
         self.inner, self.outer, self.activation = inner, outer, activation
 
+    @classmethod
+    def of(cls, feed: PointwiseFeedForward, packer: Packer) -> "PreparedFeedForward":
+        """Its projections packed."""
+        inner, outer = (packer.beside([part]) for part in (feed.inner, feed.outer))
+        return cls(inner, outer, feed.activation)
+
     def __call__(self, x: Hidden) -> Hidden:
         inner = self.inner
         if self.activation == "relu" and isinstance(inner, PackedFloat) and isinstance(self.outer, PackedFloat):
@@ -194,7 +205,8 @@ class PreparedExperts:
     """The experts that some row has chosen, one after another."""
 
     def __init__(self, moe: MixtureOfExperts, packer: Packer) -> None:
-        self.k, self.router = moe.k, moe.router
+        self.moe, self.router = moe, moe.router
+        self.shared = None if moe.shared is None else PreparedFeedForward.of(moe.shared, packer)
         none = [None] * moe.num_experts
         inner_bias = none if moe.inner_bias is None else moe.inner_bias.detach()
         outer_bias = none if moe.outer_bias is None else moe.outer_bias.detach()
@@ -208,16 +220,28 @@ class PreparedExperts:
         ]
         self.least_rows = packer.least_rows
 
-    def __call__(self, x: Hidden) -> Hidden:
-        logits = (x[:, None] * self.router.weight).sum(-1)  # few columns: as a product, its bits would have company
-        choice = choose(logits if self.router.bias is None else logits + self.router.bias, self.k)
+    def step(self, x: Hidden, rows: int) -> Hidden:
+        """Of the first rows, which stand for tokens; what fills up others visits no expert."""
+        routed = at_least(self(at_most(x, rows), shares=False), len(x))
+        return routed if self.shared is None else routed.add_(self.shared(x))
+
+    def __call__(self, x: Hidden, whole: Whole | None = None, *, shares: bool = True) -> Hidden:
+        filled = at_least(x, LEAST_SIZE) if whole is None else x  # sums over one row may be taken in another order
+        logits = (filled[:, None] * self.router.weight).sum(-1)  # as a product, its bits would have company
+        logits = logits if self.router.bias is None else logits + self.router.bias
+        real = torch.ones(1, len(filled), dtype=torch.bool) if whole is None else whole.real
+        choice = self.moe.choose(logits.view(*real.shape, -1), real)
+        experts, weights, chosen = (part.flatten(0, 1)[: len(x)] for part in choice[:3])
         output = torch.zeros_like(x)
-        for number in choice.experts.unique().tolist():
-            row, rank = (choice.experts == number).nonzero(as_tuple=True)
-            expert = self.experts[number]
-            found = expert(at_least(x[row], self.least_rows))[: len(row)]
-            output[row] += choice.weights[row, rank, None] * found
-        return output
+        if len(x) == 1:  # the same in the same order, without a search for rows
+            for number, rank in sorted(zip(experts[0].tolist(), range(experts.size(1)), strict=True)):
+                output += weights[:, rank, None] * self.experts[number](at_least(x, self.least_rows))[:1]
+        else:
+            for number in experts[chosen].unique().tolist():
+                row, rank = ((experts == number) & chosen).nonzero(as_tuple=True)
+                found = self.experts[number](at_least(x[row], self.least_rows))[: len(row)]
+                output[row] += weights[row, rank, None] * found
+        return output.add_(self.shared(x)) if shares and self.shared is not None else output
 
 
 Sublayer = Callable[[Hidden], Hidden]
@@ -255,8 +279,7 @@ class PreparedBlock:
         self.around_feed_forward = around(block.around_feed_forward)
         self.feed_forward: PreparedFeedForward | PreparedExperts
         if isinstance(feed := block.feed_forward, PointwiseFeedForward):
-            inner, outer = (packer.beside([part]) for part in (feed.inner, feed.outer))
-            self.feed_forward = PreparedFeedForward(inner, outer, feed.activation)
+            self.feed_forward = PreparedFeedForward.of(feed, packer)
         else:
             self.feed_forward = PreparedExperts(feed, packer)
 
@@ -266,12 +289,16 @@ class PreparedBlock:
         if (attention := self.memory) is not None:
             assert memory is not None
             x = self.around_memory(x, lambda h: attention.step(h, memory, layer))
-        return self.around_feed_forward(x, self.feed_forward)
+        feed, rows = self.feed_forward, place.positions.numel()
+        return self.around_feed_forward(
+            x, feed if isinstance(feed, PreparedFeedForward) else lambda h: feed.step(h, rows)
+        )
 
     def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
         """Rows are whole texts."""
         x = self.around_self_attention(x, lambda h: self.self_attention.whole(h, whole, turn, held))
-        return self.around_feed_forward(x, self.feed_forward)
+        feed = self.feed_forward
+        return self.around_feed_forward(x, feed if isinstance(feed, PreparedFeedForward) else lambda h: feed(h, whole))
 
 
 class PreparedStack:

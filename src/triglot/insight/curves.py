@@ -14,7 +14,7 @@ SMOOTHING = 0.9
 
 
 def draw(metrics: Path, out: Path) -> Path:
-    """Draw training loss (smoothed), validation loss with the best marked, the learning rate, and the experts' load.
+    """Draw training loss (smoothed), validation loss with the best marked, the learning rate, and the experts' loads.
 
     Raises CheckpointError where nothing has been logged, ConfigError for a name of an unknown format.
     """
@@ -26,14 +26,21 @@ def draw(metrics: Path, out: Path) -> Path:
     from matplotlib.figure import Figure  # takes a second, which training need not wait for
 
     routed = [line for line in lines if "experts" in line]
-    figure = Figure(figsize=(8, 7 if routed else 4.5), layout="constrained")
-    ratios = {"height_ratios": [2, 1]} if routed else {}
-    loss, *below = figure.subplots(2 if routed else 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
+    loads = [line for line in routed if "load" in line["experts"]]  # runs of older versions have none
+    panels = [2.0, *([1.0] if routed else []), *([1.2] if loads else [])]
+    figure = Figure(figsize=(8, 2.25 * sum(panels)), layout="constrained")
+    ratios = {"height_ratios": panels}
+    loss, *below = figure.subplots(len(panels), sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
     _draw_losses(loss, lines)
     loss.set_title(metrics.resolve().parent.name)
-    for axes in below:
-        _draw_experts(axes, routed)
+    if routed:
+        _draw_experts(below[0], routed)
+    if loads:
+        _draw_loads(figure, below[1], loads)
     (below or [loss])[-1].set_xlabel("step")
+    steps = [line["step"] for line in lines]
+    margin = 0.02 * (max(steps) - min(steps)) or 0.5
+    loss.set_xlim(min(steps) - margin, max(steps) + margin)  # a picture of loads would cut off what lies beyond them
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     figure.savefig(partial, dpi=120)
@@ -73,12 +80,40 @@ def _draw_losses(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_experts(axes: Any, routed: Sequence[dict[str, Any]]) -> None:
-    for name, label in (("load_max", "fullest expert, in even shares"), ("balance", "balance loss")):
-        axes.plot(_steps(routed), [line["experts"][name] for line in routed], linewidth=1.2, label=label)
+    names = {
+        "load_max": "fullest expert, in even shares",
+        "balance": "balance loss",
+        "entropy": "entropy, nats",
+        "dropped": "dropped, share",
+        "dead": "without tokens, number",
+    }
+    for name, label in names.items():
+        values = [line["experts"][name] for line in routed]
+        if any(values):
+            axes.plot(_steps(routed), values, linewidth=1.2, label=label)
     axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
     axes.set_ylabel("experts (1 = even)")
     axes.grid(alpha=0.2)
     axes.legend(loc="upper right")
+
+
+def _draw_loads(figure: Any, axes: Any, lines: Sequence[dict[str, Any]]) -> None:
+    """A row for each expert, those of a layer side by side; a column for each logged step."""
+    loads = [line["experts"]["load"] for line in lines]  # [steps, layers, experts]
+    num_layers, num_experts = len(loads[0]), len(loads[0][0])
+    shares = [
+        [step[layer][expert] * num_experts for step in loads]
+        for layer in range(num_layers)
+        for expert in range(num_experts)
+    ]
+    steps = _steps(lines)
+    edges = (steps[0], max(steps[-1], steps[0] + 1), num_layers * num_experts, 0)
+    image = axes.imshow(shares, aspect="auto", extent=edges, vmin=0, vmax=2, cmap="viridis", interpolation="nearest")
+    axes.set_yticks(
+        [num_experts * layer for layer in range(num_layers)], [f"{layer + 1}" for layer in range(num_layers)]
+    )
+    axes.set_ylabel("experts, by layer")
+    figure.colorbar(image, ax=axes, label="load, even shares", extend="max")
 
 
 def _steps(lines: Sequence[dict[str, Any]]) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from triglot.checkpoint import find_checkpoint, load_model
@@ -18,7 +18,8 @@ from triglot.generation.engine import Engine
 from triglot.generation.scoring import prompt_ids
 from triglot.insight.page import Page, require_free, write
 from triglot.layers.masks import create_look_ahead_mask, create_masks
-from triglot.layers.moe import MixtureOfExperts, Routing
+from triglot.layers.moe import MixtureOfExperts
+from triglot.layers.routing import Routing
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.tokenizer import Tokenizer, Tokenizers
@@ -313,13 +314,14 @@ def describe_experts(name: str, pieces: Sequence[str], layers: Sequence[str], ro
         "name": name,
         "layers": layers,
         "tokens": [
-            {"piece": piece, "choices": [_choices(one.experts[0, place], one.weights[0, place]) for one in routing]}
-            for place, piece in enumerate(pieces)
+            {"piece": piece, "choices": [_choices(one, place) for one in routing]} for place, piece in enumerate(pieces)
         ],
         "load": [[round(share, 3) for share in one.load.tolist()] for one in routing],
         "even": round(1 / len(routing[0].load), 3) if routing else 0,
     }
 
 
-def _choices(experts: Int[Tensor, " k"], weights: Float[Tensor, " k"]) -> list[list[Any]]:
-    return [[expert, round(weight, 3)] for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True)]
+def _choices(routing: Routing, place: int) -> list[list[Any]]:
+    kept = routing.kept[0, place]
+    experts, weights = (part[0, place][kept].tolist() for part in (routing.experts, routing.weights))
+    return [[expert, round(weight, 3)] for expert, weight in zip(experts, weights, strict=True)]

@@ -81,13 +81,13 @@ class _Outer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        activated, gradient = _activate_again(h, ctx.activation)
+        activated, gradient = activate_again(h, ctx.activation)
         of_weight = rows.T @ activated.flatten(0, -2)
         del activated  # where memory peaks
         return gradient(grad @ weight), of_weight, rows.sum(0) if ctx.biased else None, None
 
 
-def _activate_again(h: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def activate_again(h: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """activation(h), and what makes h's gradient of its gradient, which it may write over."""
     if activation == "gelu":
         return F.gelu(h), lambda grad: torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad)

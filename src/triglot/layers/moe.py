@@ -1,10 +1,10 @@
 """A mixture of experts: each token is computed by the few feed-forward networks that a router picks for it.
 
-Shazeer et al. 2017; balance loss and capacity: Fedus et al. 2021, §2.2; router z-loss: Zoph et al. 2022, eq. 5.
+Shazeer et al. 2017; capacity: Fedus et al. 2021, §2.2; shared experts: Dai et al. 2024, §3.2.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,71 +13,41 @@ from torch import Tensor, nn
 
 from triglot.errors import require
 from triglot.layers.dropout import Dropout
-from triglot.layers.feed_forward import Activation, activate, is_gated
+from triglot.layers.experts import BACKENDS, Assigned, Backend, Weights, mix
+from triglot.layers.feed_forward import Activation, PointwiseFeedForward, is_gated
 from triglot.layers.masks import check_real
+from triglot.layers.routing import (
+    Choice,
+    Router,
+    Routing,
+    choose,
+    describe,
+    expert_capacity,
+    moved_bias,
+    within_capacity,
+)
 
-
-class Choice(NamedTuple):
-    """A router's decision, in fp32: which experts, with which weights, out of which probabilities."""
-
-    experts: Int[Tensor, "tokens k"]
-    weights: Float[Tensor, "tokens k"]
-    probabilities: Float[Tensor, "tokens experts"]
-
-
-class Routing(NamedTuple):
-    """What a layer's routing was like; numbers are over the tokens that are no padding."""
-
-    experts: Int[Tensor, "batch length k"]
-    weights: Float[Tensor, "batch length k"]
-    load: Float[Tensor, " experts"]
-    """Share of all choices that fell on each expert, before any were dropped; sums to 1."""
-    balance: Float[Tensor, ""]
-    """E · Σ load · mean probability: 1 when all experts are equally likely, for any k; differentiable."""
-    z: Float[Tensor, ""]
-    """Mean of (log Σ exp logits)²; differentiable."""
-    dropped: Float[Tensor, ""]
-    """Share of choices that found their expert full."""
-    entropy: Float[Tensor, ""]
-    """Mean entropy of a token's probabilities, in nats."""
+Hidden = Float[Tensor, "batch length d_model"]
+Real = Bool[Tensor, "batch length"]
 
 
 class MoEOutput(NamedTuple):
     """What a layer of experts knows after a forward pass."""
 
-    output: Float[Tensor, "batch length d_model"]
+    output: Hidden
     routing: Routing
 
 
-def choose(logits: Float[Tensor, "tokens experts"], k: int) -> Choice:
-    """Softmax, the k most probable (ties: lower id), renormalised to sum 1; at k = 1 the weight is the probability."""
-    probabilities = logits.softmax(-1)
-    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    weights = ordered[:, :k]
-    if k > 1:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return Choice(ids[:, :k], weights, probabilities)
+class Limit(NamedTuple):
+    """What capacity leaves of a batch's choices."""
 
-
-def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float, minimum: int) -> int:
-    """max(minimum, ⌈factor · k · tokens / experts⌉): how many tokens one expert takes."""
-    return max(minimum, math.ceil(factor * k * num_tokens / num_experts))
-
-
-def within_capacity(
-    experts: Int[Tensor, "batch length k"], real: Bool[Tensor, "batch length"], num_experts: int, capacity: int
-) -> Bool[Tensor, "batch length k"]:
-    """Which choices find a place; places go by (position, choice, row): a later token never takes an earlier one's."""
-    batch, length, k = experts.shape
-    queue = F.one_hot(experts, num_experts) * real[:, :, None, None]
-    queue = queue.permute(1, 2, 0, 3).flatten(0, 2)  # [length · k · batch, experts]
-    place = (queue.cumsum(0) * queue).sum(-1)
-    fits = (place > 0) & (place <= capacity)
-    return fits.view(length, k, batch).permute(2, 0, 1)
+    kept: Bool[Tensor, "batch length choices"]
+    most: int
+    """Tokens of the batch that an expert has at most."""
 
 
 class MixtureOfExperts(nn.Module):
-    """Σ over the k chosen experts of weight · expert(x), the router in fp32 whatever the dtype of the rest.
+    """Σ over the k chosen experts of weight · expert(x), the router in fp32 or more whatever the dtype of the rest.
 
     With a `capacity_factor` an expert takes only so many tokens of a training batch; the choices that find it full add
     nothing (weights are not renormalised), and factor 1 drops some even at initialisation, since no router is perfectly
@@ -92,20 +62,37 @@ class MixtureOfExperts(nn.Module):
         k: int = 2,
         capacity_factor: float | None = 1.0,
         *,
+        router: Router = "softmax",
+        renormalize: bool | None = None,
+        bias_rate: float = 0.001,
+        noise: float = 0.0,
+        capacity_over: Literal["batch", "sequence"] = "batch",
         min_capacity: int = 4,
+        shared: int = 0,
         activation: Activation = "gelu",
         bias: bool = True,
         router_bias: bool = True,
         dropout: float = 0.0,
+        backend: Backend | None = None,
     ) -> None:
+        """`router` and the rest are as in `ExpertOptions`; `backend` None: the fastest for each call."""
         super().__init__()
         require(num_experts >= 1, "num_experts", "at least 1", num_experts)
         require(1 <= k <= num_experts, "k", f"between 1 and num_experts ({num_experts})", k)
-        fits = capacity_factor is None or capacity_factor > 0
-        require(fits, "capacity_factor", "above 0, or None", capacity_factor)
+        fits = capacity_factor is None or 0 < capacity_factor < math.inf
+        require(fits, "capacity_factor", "above 0 and finite, or None", capacity_factor)
+        require(router in get_args(Router), "router", f"one of {', '.join(get_args(Router))}", router)
+        known = backend is None or backend in BACKENDS
+        require(known, "backend", f"one of {', '.join(BACKENDS)}, or None", backend)
+        require(shared >= 0, "shared", "at least 0", shared)
+        require(bias_rate >= 0, "bias_rate", "at least 0", bias_rate)
         require(min_capacity >= 1, "min_capacity", "at least 1", min_capacity)
-        self.num_experts, self.k = num_experts, k
-        self.capacity_factor, self.min_capacity = capacity_factor, min_capacity
+        require(noise >= 0, "noise", "at least 0", noise)
+        self.num_experts, self.k, self.kind = num_experts, k, router
+        self.renormalize = k > 1 if renormalize is None else renormalize
+        self.bias_rate, self.noise, self.backend = bias_rate, noise, backend
+        self.capacity_factor = None if router == "expert_choice" else capacity_factor
+        self.capacity_over, self.min_capacity = capacity_over, min_capacity
         self.activation: Activation = activation
         inner_dim = 2 * expert_dim if is_gated(activation) else expert_dim
         self.router = nn.Linear(hidden_dim, num_experts, bias=router_bias)
@@ -113,6 +100,13 @@ class MixtureOfExperts(nn.Module):
         self.outer = nn.Parameter(torch.empty(num_experts, hidden_dim, expert_dim))
         self.inner_bias = nn.Parameter(torch.empty(num_experts, inner_dim)) if bias else None
         self.outer_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.selection_bias: Tensor | None
+        """Of the sigmoid router: moved between steps by the load, never by a gradient."""
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if router == "sigmoid" else None)
+        self.shared = None
+        if shared:
+            width = shared * expert_dim
+            self.shared = PointwiseFeedForward(hidden_dim, width, dropout, activation=activation, bias=bias)
         self.dropout = Dropout(dropout)
         self.expert_capacity: int | None = None
         """Places per expert in the last training call; None when nothing was limited. Shown, never read."""
@@ -126,90 +120,70 @@ class MixtureOfExperts(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
-    def forward(
-        self, x: Float[Tensor, "batch length d_model"], mask: Bool[Tensor, "batch length"] | None = None
-    ) -> Float[Tensor, "batch length d_model"]:
+    def _apply(self, *args: Any, **kwargs: Any) -> "MixtureOfExperts":
+        """To another device or type; the bias that chooses stays in fp32, as the router computes."""
+        bias = self.selection_bias
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch's
+        if bias is not None and self.selection_bias is not None and self.selection_bias.dtype != bias.dtype:
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
+
+    def forward(self, x: Hidden, mask: Real | None = None) -> Hidden:
         return self.run(x, mask).output
 
-    def run(
-        self, x: Float[Tensor, "batch length d_model"], mask: Bool[Tensor, "batch length"] | None = None
-    ) -> MoEOutput:
+    def run(self, x: Hidden, mask: Real | None = None) -> MoEOutput:
         """Output and routing; tokens where `mask` is False are padding: no expert, no count, output zero."""
-        batch, length, _ = x.shape
         if mask is not None:
             check_real(mask)
-        real = mask if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=x.device)
-        logits = self.router_logits(x.flatten(0, 1))
-        choice = choose(logits, self.k)
-        experts = choice.experts.view(batch, length, self.k)
-        kept = real[:, :, None].expand_as(experts)
+        real = mask if mask is not None else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        logits = self.router_logits(x)
+        choice = self.choose(logits, real)
+        kept, most = choice.chosen, None
         if self.training and self.capacity_factor is not None:
-            kept = self.limit(experts, real)
-        output = self.mix(x.flatten(0, 1), choice, kept.flatten(0, 1)).view_as(x)
+            kept, most = self.limit(choice.experts, real)
+        output = self.mix(x, choice, kept, most)
+        if self.shared is not None:
+            output = output + self.shared(x).masked_fill(~real[:, :, None], 0)
         return MoEOutput(output, describe(logits, choice, real, kept))
 
-    def router_logits(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens experts"]:
-        bias = None if self.router.bias is None else self.router.bias.float()
+    def router_logits(self, x: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead experts"]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.router.bias is None else self.router.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.router.weight.float(), bias)
+            return F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
 
-    def limit(
-        self, experts: Int[Tensor, "batch length k"], real: Bool[Tensor, "batch length"]
-    ) -> Bool[Tensor, "batch length k"]:
+    def choose(self, logits: Float[Tensor, "batch length experts"], real: Real) -> Choice:
+        """The router's decision, in training with noise."""
+        if self.training and self.noise:
+            logits = logits + self.noise * torch.randn_like(logits)
+        return choose(logits, real, self.kind, self.k, self.renormalize, self.selection_bias)
+
+    def limit(self, experts: Int[Tensor, "batch length k"], real: Real) -> Limit:
+        """Which choices find a place."""
         assert self.capacity_factor is not None
-        tokens = int(real.sum())
-        capacity = expert_capacity(tokens, self.k, self.num_experts, self.capacity_factor, self.min_capacity)
-        self.expert_capacity = capacity
-        return within_capacity(experts, real, self.num_experts, capacity)
+        factor, least = self.capacity_factor, self.min_capacity
+        groups = (real.sum()[None] if self.capacity_over == "batch" else real.sum(1)).tolist()
+        places = [expert_capacity(tokens, self.k, self.num_experts, factor, least) for tokens in groups]
+        self.expert_capacity = max(places, default=least)
+        capacity = places[0] if self.capacity_over == "batch" else torch.tensor(places, device=real.device)
+        return Limit(within_capacity(experts, real, self.num_experts, capacity, self.capacity_over), sum(places))
 
-    def mix(
-        self, x: Float[Tensor, "tokens d_model"], choice: Choice, kept: Bool[Tensor, "tokens k"]
-    ) -> Float[Tensor, "tokens d_model"]:
-        """Sort the kept choices by expert, compute each expert's tokens in one go, bring them back, sum by weight."""
-        expert = choice.experts.masked_fill(~kept, self.num_experts).flatten()
-        order = expert.argsort(stable=True)
-        counts = torch.bincount(expert, minlength=self.num_experts + 1)[: self.num_experts].tolist()
-        num_kept = sum(counts)
-        computed = self.compute(x[order[:num_kept] // self.k], counts)
-        sorted_back = computed.new_zeros(expert.numel(), x.size(1)).index_copy(0, order[:num_kept], computed)
-        weighted = sorted_back.view(-1, self.k, x.size(1)) * choice.weights[:, :, None]
-        return weighted.sum(1).to(x.dtype)
+    def mix(self, x: Hidden, choice: Choice, kept: Bool[Tensor, "batch length choices"], most: int | None) -> Hidden:
+        """What the chosen experts say, weighted and summed."""
+        assigned = Assigned(choice.experts.flatten(0, 1), choice.weights.flatten(0, 1), kept.flatten(0, 1), most)
+        return mix(x.flatten(0, 1), assigned, self.stack, self.backend).view(x.shape)
 
-    def compute(self, x: Float[Tensor, "rows d_model"], counts: list[int]) -> Float[Tensor, "rows d_model"]:
-        """Rows sorted by expert, `counts[e]` of them for expert e."""
-        # One unbind each: indexing the stack per expert would cost a gradient of the whole stack per expert.
-        inner, outer = self.inner.unbind(), self.outer.unbind()
-        none = [None] * self.num_experts
-        inner_bias = none if self.inner_bias is None else self.inner_bias.unbind()
-        outer_bias = none if self.outer_bias is None else self.outer_bias.unbind()
-        outputs = []
-        for expert, rows in enumerate(x.split(counts)):
-            hidden = activate(F.linear(rows, inner[expert], inner_bias[expert]), self.activation)
-            outputs.append(F.linear(self.dropout(hidden), outer[expert], outer_bias[expert]))
-        return torch.cat(outputs)
+    @property
+    def stack(self) -> Weights:
+        """The experts' weights."""
+        rate = self.dropout.p if self.training else 0.0
+        return Weights(self.inner, self.outer, self.inner_bias, self.outer_bias, self.activation, rate)
 
 
-def describe(
-    logits: Float[Tensor, "tokens experts"],
-    choice: Choice,
-    real: Bool[Tensor, "batch length"],
-    kept: Bool[Tensor, "batch length k"],
-) -> Routing:
-    """Loads, losses and drops of one call, from the assignments before dropping."""
-    batch, length, k = kept.shape
-    counts = real.flatten().float()
-    num_tokens = counts.sum().clamp(min=1)
-    num_experts = logits.size(1)
-    chosen = F.one_hot(choice.experts, num_experts).sum(1) * counts[:, None]
-    load = chosen.sum(0) / (num_tokens * k)
-    mean_probability = (choice.probabilities * counts[:, None]).sum(0) / num_tokens
-    entropy = torch.special.entr(choice.probabilities.detach()).sum(-1)
-    return Routing(
-        experts=choice.experts.view(batch, length, k),
-        weights=choice.weights.view(batch, length, k),
-        load=load,
-        balance=num_experts * (load * mean_probability).sum(),
-        z=(logits.logsumexp(-1).square() * counts).sum() / num_tokens,
-        dropped=(real[:, :, None] & ~kept).sum() / (num_tokens * k),
-        entropy=(entropy * counts).sum() / num_tokens,
-    )
+def move_biases(model: nn.Module, load: Float[Tensor, "layers experts"]) -> None:
+    """Move the biases of a model's sigmoid routers, given each expert's load in the step before."""
+    layers = (module for module in model.modules() if isinstance(module, MixtureOfExperts))
+    for layer, of_layer in zip(layers, load, strict=True):
+        if layer.selection_bias is not None:
+            moved = moved_bias(layer.selection_bias, of_layer.to(layer.selection_bias.device), layer.bias_rate)
+            layer.selection_bias.copy_(moved)

@@ -92,8 +92,7 @@ class DecoderLLM(Stack):
         scored = token_cross_entropy(logits, targets)
         loss = scored.total / scored.tokens.clamp(min=1)
         if self.training and self.options.experts is not None:
-            balance, z = expert_losses(out.routing)
-            loss = loss + self.options.experts.balance_weight * balance + self.options.experts.z_weight * z
+            loss = loss + expert_losses(out.routing).weighted(self.options.experts)
         return DecoderLLMOutput(logits, loss)
 
     def run(

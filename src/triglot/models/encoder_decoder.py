@@ -11,7 +11,7 @@ from triglot.errors import require
 from triglot.layers.cache import Cache
 from triglot.layers.initialise import xavier
 from triglot.layers.masks import real_tokens
-from triglot.layers.moe import Routing
+from triglot.layers.routing import Routing
 from triglot.models.stack import Mask, Memory, Stack, StackRun, Tokens
 
 

@@ -1,6 +1,6 @@
 """What the models' halves have in common: an embedding, layers, and a norm after the last of them."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from triglot.config import BlockOptions
 from triglot.errors import require
 from triglot.layers.cache import Cache
 from triglot.layers.embedding import Embedding
-from triglot.layers.moe import Routing
 from triglot.layers.norm import make_norm
+from triglot.layers.routing import Routing
 
 Tokens = Int[Tensor, "batch length"]
 Memory = Float[Tensor, "batch memory d_model"]
@@ -63,8 +63,9 @@ class Stack(nn.Module):
             rope_theta=options.rope_theta,
             scale=options.scale_embeddings,
         )
+        side: Literal["encoder", "decoder"] = "encoder" if self.layer_type is EncoderLayer else "decoder"
         self.layers = nn.ModuleList(
-            self.layer_type(d_model, num_heads, d_ff, dropout=dropout, options=options_of_layer(options, layer))
+            self.layer_type(d_model, num_heads, d_ff, dropout=dropout, options=options_of_layer(options, layer, side))
             for layer in range(num_layers)
         )
         final = options.norm_order == "pre" if options.final_norm is None else options.final_norm

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from triglot.checkpoint import Progress
 from triglot.config import RunConfig
@@ -115,15 +116,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def describe_experts(passes: Sequence[ExpertStats]) -> dict[str, float]:
+def mean_load(passes: Sequence[ExpertStats]) -> Float[Tensor, "layers experts"]:
+    """Each expert's load over all choices of a step's passes, which may differ in size."""
+    choices = torch.stack([stats.choices for stats in passes])[..., None]
+    return (torch.stack([stats.load for stats in passes]) * choices).sum(0) / choices.sum(0)
+
+
+def describe_experts(passes: Sequence[ExpertStats]) -> dict[str, Any]:
     """How evenly a step's forward passes used the experts; means over passes and layers where nothing else is said.
 
     `load_max` is the fullest expert's load in units of an even share, in the layer where that is highest; `dead` counts
-    the experts, over all layers, that no token of the step chose; `entropy` is in nats per token.
+    the experts, over all layers, that no token of the step chose; `entropy` is in nats per token; `load` has each
+    expert's share of its layer's choices, layer by layer.
     """
-    load = torch.stack([stats.load for stats in passes]).mean(0)  # [layers, experts]
+    load = mean_load(passes)
     mean = {
         name: torch.stack([getattr(stats, name) for stats in passes]).mean().item()
         for name in ("entropy", "dropped", "balance", "z")
     }
-    return {"load_max": load.max().item() * load.size(1), "dead": int((load == 0).sum()), **mean}
+    shares = [[round(share, 4) for share in layer] for layer in load.tolist()]
+    return {"load_max": load.max().item() * load.size(1), "dead": int((load == 0).sum()), **mean, "load": shares}

@@ -51,6 +51,18 @@ MAY_CHANGE = (
 Cosine and linear rates follow max_steps.
 """
 
+LEARNING = (
+    "balance_weight",
+    "importance_weight",
+    "z_weight",
+    "bias_rate",
+    "noise",
+    "capacity_factor",
+    "capacity_over",
+    "min_capacity",
+)
+"""Of experts: what changes how a model learns, and not what its weights mean."""
+
 CHOSEN = {
     "model.vocab_size": 0,
     "model.src_vocab_size": 0,
@@ -303,7 +315,8 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
     initial = stored_config(path, None)
     here, there = flat(to_dict(config.model)), flat(to_dict(initial.model))
     rates = ("dropout", *(f"options.{kind}_dropout" for kind in ("attention", "activation", "embedding")))
-    for key in sorted((here.keys() | there.keys()) - {"vocab_size", "src_vocab_size", *rates}):
+    learning = [f"options.experts.{name}" for name in LEARNING]
+    for key in sorted((here.keys() | there.keys()) - {"vocab_size", "src_vocab_size", *rates, *learning}):
         rule = f"{there.get(key)!r} as in {config.init.from_}"
         require(here.get(key) == there.get(key), f"model.{key}", rule, here.get(key), ConfigError)
     return dataclasses.replace(config, tokenizer=initial.tokenizer)

@@ -21,9 +21,10 @@ from triglot.data.batch import Batch, num_targets, unscored
 from triglot.data.dataset import Dataset
 from triglot.distributed.parallel import Parallel
 from triglot.errors import ConfigError, DataError, TriglotError, require
+from triglot.layers.moe import move_biases
 from triglot.objective import ExpertStats, Objective, Totals, autocast, evaluating, score_batches, to_device
 from triglot.training.guard import WINDOW, fault, num_recent, seen
-from triglot.training.metrics import Line, MetricsLog, Reporter, describe_experts
+from triglot.training.metrics import Line, MetricsLog, Reporter, describe_experts, mean_load
 from triglot.training.optim import learning_rate
 from triglot.training.overfit import overfitting
 
@@ -221,6 +222,8 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
         optimizer.step()
+        if experts := [one.experts for one in found.passes if one.experts is not None]:
+            move_biases(self.parallel.module, mean_load(experts))
 
     def skip(self, number: int, found: Gradients, taken: Sequence[MicroBatch], reason: str) -> None:
         """Leave weights and optimizer as they are and say so; raises TriglotError where that happens too often.

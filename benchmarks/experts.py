@@ -1,0 +1,231 @@
+"""Mixtures of experts beside what they replace and a peer: `python -m benchmarks.experts [--quick] [--json FILE]`.
+
+Sides take turns, each in a process of its own: forward and backward of one layer over 4,096 tokens of width 384, beside
+a dense layer of as many active operations and beside transformers' Mixtral block with the same gated experts; then what
+a decoding step takes beside one reading of the weights it needs, and the memory that many small experts cost.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.measure import Row, Side, Work
+from triglot.allocator import keep_freed_memory
+from triglot.generation.prepared import PreparedExperts
+from triglot.layers.feed_forward import PointwiseFeedForward
+from triglot.layers.moe import MixtureOfExperts
+from triglot.layers.packed import Packer
+
+TOKENS, WIDTH = 4096, 384
+
+
+class Shape(NamedTuple):
+    """Of a layer."""
+
+    experts: int
+    k: int
+    expert_dim: int
+
+
+EIGHT = Shape(8, 2, 768)
+SIXTY_FOUR = Shape(64, 8, 192)
+"""As many active parameters, cut finer."""
+MANY = Shape(64, 2, 96)
+"""As many tokens · k and as much width in all as EIGHT."""
+DECODING = Shape(8, 2, 2816)
+DECODING_WIDTH, DECODING_LAYERS = 1024, 4
+PRECISIONS = ("fp32", "bf16")
+
+
+def layer(shape: Shape, activation: Any = "gelu", backend: Any = None, width: int = WIDTH) -> MixtureOfExperts:
+    """Ours, without anything that a peer does not do."""
+    torch.manual_seed(1)
+    return MixtureOfExperts(
+        width, *shape[::2], shape.k, None, activation=activation, bias=activation == "gelu", router_bias=False,
+        backend=backend,
+    )  # fmt: skip
+
+
+def passes(module: nn.Module, precision: str) -> Work:
+    """Forward and backward over the same tokens again and again; gradients of weights and tokens."""
+    torch.manual_seed(2)
+    x, upstream = (torch.randn(16, TOKENS // 16, WIDTH) for _ in range(2))
+    x.requires_grad_()
+
+    def work() -> int:
+        x.grad = None
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = module(x)
+        output: Tensor = found[0] if isinstance(found, tuple) else found
+        output.backward(upstream.to(output.dtype))
+        return TOKENS
+
+    return work
+
+
+def ours(shape: Shape, activation: str, precision: str, backend: str | None = None) -> Work:
+    """A layer of experts."""
+    keep_freed_memory()
+    return passes(layer(shape, activation, backend), precision)
+
+
+def dense(precision: str) -> Work:
+    """The feed-forward that does as much for a token as EIGHT does."""
+    keep_freed_memory()
+    torch.manual_seed(1)
+    return passes(PointwiseFeedForward(WIDTH, EIGHT.k * EIGHT.expert_dim, 0.0, activation="gelu"), precision)
+
+
+def mixtral(shape: Shape, precision: str, backend: str) -> Work:
+    """transformers' block, given as much freedom to keep freed memory."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    keep_freed_memory()
+    config = MixtralConfig(
+        hidden_size=WIDTH, intermediate_size=shape.expert_dim, num_local_experts=shape.experts,
+        num_experts_per_tok=shape.k, experts_implementation=backend,
+    )  # fmt: skip
+    block = MixtralSparseMoeBlock(config).train()
+    own = layer(shape, "swiglu")
+    with torch.no_grad():
+        block.gate.weight.copy_(own.router.weight)
+        block.experts.gate_up_proj.copy_(own.inner)
+        block.experts.down_proj.copy_(own.outer)
+    return passes(block, precision)
+
+
+def settings(section: str) -> dict[str, dict[str, Callable[[], Work]]]:
+    """Everyone's settings in a section, ours first."""
+    kind, _, rest = section.partition(": ")
+    if kind == "dense":
+        return {"experts": {rest: partial(ours, EIGHT, "gelu", rest)}, "dense": {rest: partial(dense, rest)}}
+    shape = EIGHT if rest.startswith("8") else SIXTY_FOUR
+    return {
+        "triglot": {precision: partial(ours, shape, "swiglu", precision) for precision in PRECISIONS},
+        "transformers": {
+            f"{precision}, {backend}": partial(mixtral, shape, precision, backend)
+            for precision in PRECISIONS
+            for backend in ("eager", "grouped_mm")
+        },
+    }
+
+
+SECTIONS = ["dense: fp32", "dense: bf16", "Mixtral: 8 experts", "Mixtral: 64 experts"]
+
+
+def section_rows(section: str, quick: bool) -> list[Row]:
+    """All sides in turns, each with the setting that was the fastest in a first turn."""
+
+    def side(name: str, setting: str) -> Side:
+        return Side("benchmarks.experts", ["--side", section, name, setting])
+
+    rounds, seconds = (1, 0.5) if quick else (7, 3.0)
+    chosen = {}
+    for name, known in settings(section).items():
+        speeds = {}
+        for setting in known if len(known) > 1 else ():
+            one = side(name, setting)
+            answers = [one.ask(seconds) for _ in range(2)]
+            speeds[setting] = answers[-1]["done"] / answers[-1]["seconds"]
+            one.end()
+            print(f"{section}: {name}, {setting}: {speeds[setting]:,.0f} tokens/s", flush=True)
+        chosen[name] = max(speeds, key=lambda setting: speeds[setting]) if speeds else next(iter(known))
+    sides = {f"{name}, {setting}": side(name, setting) for name, setting in chosen.items()}
+    found = measure.rates(sides, rounds, seconds)
+    for one in sides.values():
+        one.end()
+    return measure.rows(section, found, next(iter(sides)), "tokens/s")
+
+
+# Decoding
+
+
+def decoding_steps(precision: Any) -> Iterator[tuple[Callable[[], Tensor], int]]:
+    """One token through each of some layers, whose weights no cache holds together; and the bytes of k experts."""
+    for number in range(DECODING_LAYERS):
+        moe = layer(DECODING, "swiglu", width=DECODING_WIDTH).eval()
+        packer = Packer(precision)
+        prepared = PreparedExperts(moe, packer)
+        x = torch.randn(1, DECODING_WIDTH, generator=torch.Generator().manual_seed(number))
+        yield partial(prepared, x), packer.num_bytes * DECODING.k // DECODING.experts
+
+
+def decoding_rows(quick: bool) -> list[Row]:
+    """The time of a layer over that of reading its k experts' weights once."""
+    found = []
+    for precision in ("fp32", "int8"):
+        steps = list(decoding_steps(precision))
+        read, seconds = measure.read_rate(), []
+        with torch.inference_mode():
+            for _ in range(5 if quick else 40):
+                for step, _ in steps:
+                    seconds.append(measure.seconds(step))
+        ours, bound = statistics.median(seconds), steps[0][1] / read
+        name = f"decoding: one token, {precision}, time of a layer over reading {DECODING.k} experts' weights"
+        found.append(
+            {
+                "name": name,
+                "ours": ours * 1e3,
+                "peer": bound * 1e3,
+                "ratio": ours / bound,
+                "unit": "ms",
+                "runs": len(seconds),
+            }
+        )
+    return found
+
+
+# Memory
+
+
+def memory_row(quick: bool) -> Row:
+    """What forward and backward hold at most beside the weights, 64 experts against 8."""
+    found = {}
+    for name, shape in (("64", MANY), ("8", EIGHT)):
+        one = Side("benchmarks.experts", ["--side", "memory: ", name, "fp32"])
+        found[name] = max(one.ask(0.5 if quick else 2.0)["memory"] for _ in range(2)) / 2**20
+        one.end()
+        del shape
+    return {
+        "name": "memory: forward and backward, 64 experts of 96 / 8 of 768, k = 2",
+        "ours": found["64"],
+        "peer": found["8"],
+        "ratio": found["64"] / found["8"],
+        "unit": "MiB",
+        "runs": 1,
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="sections whose names have one of these words")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        section, name, setting = options.side
+        if section.startswith("memory"):
+            measure.serve(partial(ours, MANY if name == "64" else EIGHT, "gelu", setting))
+        else:
+            measure.serve(settings(section)[name][setting])
+        return
+
+    def wanted(section: str) -> bool:
+        return not options.only or any(word in section for word in options.only)
+
+    found = [row for section in SECTIONS if wanted(section) for row in section_rows(section, options.quick)]
+    found += decoding_rows(options.quick) if wanted("decoding") else []
+    found += [memory_row(options.quick)] if wanted("memory") else []
+    measure.report(found, options.json)
+
+
+if __name__ == "__main__":
+    main()
