@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.measure import Row, Side, Work
 from triglot.allocator import keep_freed_memory
-from triglot.generation.prepared import PreparedExperts
+from triglot.generation.prepared import PreparedExperts, at_least
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.packed import Packer
 
 TOKENS, WIDTH = 4096, 384
+MEMORY_TOKENS = 16_384
+"""So many that what importing PyTorch has taken for a moment is small beside them."""
 
 
 class Shape(NamedTuple):
@@ -40,7 +42,8 @@ MANY = Shape(64, 2, 96)
 """As many tokens · k and as much width in all as EIGHT."""
 DECODING = Shape(8, 2, 2816)
 DECODING_WIDTH, DECODING_LAYERS = 1024, 4
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "bf16 weights")
+"""Products of a peer may follow its weights' type and not autocast."""
 
 
 def layer(shape: Shape, activation: Any = "gelu", backend: Any = None, width: int = WIDTH) -> MixtureOfExperts:
@@ -52,10 +55,15 @@ def layer(shape: Shape, activation: Any = "gelu", backend: Any = None, width: in
     )  # fmt: skip
 
 
-def passes(module: nn.Module, precision: str) -> Work:
-    """Forward and backward over the same tokens again and again; gradients of weights and tokens."""
+def passes(module: nn.Module, precision: str, tokens: int = TOKENS) -> Work:
+    """Forward and backward over the same tokens again and again; gradients of weights and tokens.
+
+    bf16 weights: those, too, are of that type, and nothing is cast.
+    """
     torch.manual_seed(2)
-    x, upstream = (torch.randn(16, TOKENS // 16, WIDTH) for _ in range(2))
+    dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
+    module.to(dtype)
+    x, upstream = (torch.randn(16, tokens // 16, WIDTH).to(dtype) for _ in range(2))
     x.requires_grad_()
 
     def work() -> int:
@@ -65,7 +73,7 @@ def passes(module: nn.Module, precision: str) -> Work:
             found = module(x)
         output: Tensor = found[0] if isinstance(found, tuple) else found
         output.backward(upstream.to(output.dtype))
-        return TOKENS
+        return tokens
 
     return work
 
@@ -155,7 +163,8 @@ def decoding_steps(precision: Any) -> Iterator[tuple[Callable[[], Tensor], int]]
         packer = Packer(precision)
         prepared = PreparedExperts(moe, packer)
         x = torch.randn(1, DECODING_WIDTH, generator=torch.Generator().manual_seed(number))
-        yield partial(prepared, x), packer.num_bytes * DECODING.k // DECODING.experts
+        step = partial(prepared.step, at_least(x, packer.least_rows), rows=1)  # as a block's step calls it
+        yield step, packer.num_bytes * DECODING.k // DECODING.experts
 
 
 def decoding_rows(quick: bool) -> list[Row]:
@@ -186,16 +195,23 @@ def decoding_rows(quick: bool) -> list[Row]:
 # Memory
 
 
+def passes_after_few(shape: Shape) -> Work:
+    """The work, made once layer, gradients of its weights and what the libraries keep are there."""
+    keep_freed_memory()
+    module = layer(shape)
+    module(torch.randn(1, shape.experts, WIDTH)).square().sum().backward()
+    return passes(module, "fp32", MEMORY_TOKENS)
+
+
 def memory_row(quick: bool) -> Row:
-    """What forward and backward hold at most beside the weights, 64 experts against 8."""
+    """What forward and backward hold at most beside weights and their gradients, 64 experts against 8."""
     found = {}
-    for name, shape in (("64", MANY), ("8", EIGHT)):
+    for name in ("64", "8"):
         one = Side("benchmarks.experts", ["--side", "memory: ", name, "fp32"])
-        found[name] = max(one.ask(0.5 if quick else 2.0)["memory"] for _ in range(2)) / 2**20
+        found[name] = one.ask(0.5 if quick else 3.0)["memory"] / 2**20
         one.end()
-        del shape
     return {
-        "name": "memory: forward and backward, 64 experts of 96 / 8 of 768, k = 2",
+        "name": "memory: forward and backward beside the weights, 64 experts of 96 / 8 of 768, k = 2",
         "ours": found["64"],
         "peer": found["8"],
         "ratio": found["64"] / found["8"],
@@ -213,7 +229,7 @@ def main() -> None:
     if options.side:
         section, name, setting = options.side
         if section.startswith("memory"):
-            measure.serve(partial(ours, MANY if name == "64" else EIGHT, "gelu", setting))
+            measure.serve(partial(passes_after_few, MANY if name == "64" else EIGHT), beside=True)
         else:
             measure.serve(settings(section)[name][setting])
         return

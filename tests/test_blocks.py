@@ -186,6 +186,7 @@ def test_experts_stand_on_the_side_they_are_asked_for(side):
 
 def test_expert_choice_is_refused_in_a_decoder_with_the_reason():
     options = BlockOptions(experts=ExpertOptions(num_experts=3, router="expert_choice"))
+    of_encoders = BlockOptions(experts=ExpertOptions(num_experts=3, router="expert_choice", side="encoder"))
     message = (
         r'`router` must be another, or side "encoder", where there is a decoder: whom experts choose there depends'
     )
@@ -198,6 +199,9 @@ def test_expert_choice_is_refused_in_a_decoder_with_the_reason():
     for make, shape in makers.items():
         with pytest.raises(ValueError, match=message):
             make(*shape, options=options)
+    for make in (DecoderLayer, DecoderBlock):  # a layer by itself is a decoder's whatever side its options are for
+        with pytest.raises(ValueError, match=message):
+            make(*makers[make], options=of_encoders)
 
 
 def test_expert_choice_in_an_encoder_sees_neither_batch_mates_nor_padding():

@@ -96,7 +96,7 @@ def test_it_is_trained_on_from_there_and_its_experts_part(folder, tmp_path, kind
     [
         ({"router": "softmax", "top_k": 1}, r"`top_k` must be at least 2, since the weight of a single choice"),
         ({"router": "expert_choice", "side": "encoder"}, r"`router` must be one whose weights sum to 1"),
-        ({"renormalize": False}, r"`router` must be one whose weights sum to 1"),
+        ({"renormalize": False}, r"`renormalize` must be left out or true, .* but is False instead"),
         ({"shared": 1}, r"`shared` must be 0"),
         ({"d_ff": 3}, r"`d_ff` must be left out"),
         ({"capacity_factor": 1.0}, r"`capacity_factor` must be None, since dropped tokens"),

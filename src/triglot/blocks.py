@@ -100,7 +100,7 @@ class Block(nn.Module):
             return Residual(d_model, dropout, norm=options.norm, order=options.norm_order, eps=options.norm_eps)
 
         if reads_memory and options.experts is not None:
-            options.experts.on("decoder")
+            options.experts.check_for_decoders()
         self.self_attention, self.around_self_attention = attention(), residual()
         if reads_memory:
             self.cross_attention, self.around_cross_attention = attention(), residual()
@@ -197,7 +197,7 @@ class DecoderBlock(EncoderLayer):
         options: BlockOptions = BlockOptions(attention_dropout=0.0),
     ) -> None:
         if options.experts is not None:
-            options.experts.on("decoder")
+            options.experts.check_for_decoders()
         super().__init__(d_model, n_heads, d_ff, dropout, options=options)
 
     def forward(self, x: Hidden, mask: Mask | None = None) -> Hidden:  # type: ignore[override]  # the document's call

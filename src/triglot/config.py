@@ -102,20 +102,30 @@ class ExpertOptions(Checked):
         single = self.top_k == 1 and (self.renormalize or self.router == "softmax_of_chosen")
         rule = "at least 2 where a token's weights sum to 1: a weight that is always 1 teaches a router nothing"
         _require(not single, "top_k", rule, self.top_k)
-        takes = self.router != "expert_choice" or self.capacity_factor is None
+        limited = self.capacity_factor is not None
+        for name, counts, where in (
+            ("renormalize", self.router == "softmax", 'router is "softmax"'),
+            ("bias_rate", self.router == "sigmoid", 'router is "sigmoid"'),
+            ("capacity_over", limited, "there is a capacity_factor"),
+            ("min_capacity", limited, "there is a capacity_factor"),
+        ):
+            value, default = getattr(self, name), getattr(type(self), name)
+            _require(counts or value == default, name, f"left out unless {where}", value)
+        takes = self.router != "expert_choice" or not limited
         rule = "None with expert_choice, where experts take as many tokens as they have places for"
         _require(takes, "capacity_factor", rule, self.capacity_factor)
 
-    def on(self, side: Literal["encoder", "decoder"], path: str = "") -> bool:
-        """Whether blocks of this side have experts; raises ConfigError where they would look into the future."""
-        if self.side not in ("both", side):
-            return False
+    def on(self, side: Literal["encoder", "decoder"]) -> bool:
+        """Whether blocks of this side have experts."""
+        return self.side in ("both", side)
+
+    def check_for_decoders(self, path: str = "") -> None:
+        """Raise ConfigError for what would look into the future."""
         rule = (
             'another, or side "encoder", where there is a decoder:'
             " whom experts choose there depends on tokens that are not yet written"
         )
-        _require(side == "encoder" or self.router != "expert_choice", f"{path}router", rule, self.router)
-        return True
+        _require(self.router != "expert_choice", f"{path}router", rule, self.router)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +192,8 @@ class ModelConfig(Checked):
         rule = f"a divisor of num_heads ({self.num_heads})"
         _require(self.num_heads % kv_heads == 0, "options.num_kv_heads", rule, kv_heads)
         if (experts := self.options.experts) is not None:
-            experts.on("decoder", "options.experts.")
+            if experts.on("decoder"):
+                experts.check_for_decoders("options.experts.")
             rule = "both or decoder where there is no encoder"
             lost = self.kind == "decoder_only" and experts.side == "encoder"
             _require(not lost, "options.experts.side", rule, experts.side)

@@ -154,7 +154,7 @@ class ExpertLosses(NamedTuple):
     def weighted(self, options: ExpertOptions) -> Float[Tensor, ""]:
         """What stands beside the mean loss of a token."""
         own = options.balance_weight * self.balance + options.z_weight * self.z
-        return own + options.importance_weight * self.importance if options.importance_weight else own
+        return own + options.importance_weight * self.importance
 
 
 def expert_losses(routing: Sequence[Routing]) -> ExpertLosses:

@@ -30,7 +30,7 @@ def upcycle(run: Path, out: Path, experts: ExpertOptions, which: str = "best", s
     _check(experts)
     dense = load_model(run, which)
     had = dense.config.model.options.experts
-    require(had is None, "run", "one without experts", f"one with {had and had.num_experts}", ConfigError)
+    require(had is None, "run", "one without experts", f"one with {had.num_experts if had else 0}", ConfigError)
     torch.manual_seed(seed)
     made = with_experts(dense, experts)
     out.mkdir(parents=True)
@@ -43,8 +43,9 @@ def upcycle(run: Path, out: Path, experts: ExpertOptions, which: str = "best", s
 def _check(experts: ExpertOptions) -> None:
     factor = experts.capacity_factor
     require(factor is None, "capacity_factor", "None, since dropped tokens change the output", factor, ConfigError)
-    sums_to_one = experts.router != "expert_choice" and experts.renormalize is not False
-    require(sums_to_one, "router", "one whose weights sum to 1", experts.router, ConfigError)
+    require(experts.router != "expert_choice", "router", "one whose weights sum to 1", experts.router, ConfigError)
+    rule = "left out or true, since weights that do not sum to 1 change the output"
+    require(experts.renormalize is not False, "renormalize", rule, experts.renormalize, ConfigError)
     rule = "at least 2, since the weight of a single choice is below 1 and the output would change"
     require(experts.top_k > 1, "top_k", rule, experts.top_k, ConfigError)
     require(

@@ -4,7 +4,7 @@ import random
 from functools import cache
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from triglot.decoding.beam import BeamSearch
@@ -134,6 +134,7 @@ requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_siz
 @settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
        st.sampled_from([1, 2, 5]), st.integers(1, 9))  # fmt: skip
+@example([(230, 24), (102, 19), (104, 24), (349, 10), (779, 24)], random.Random(0), "experts", "fp32", 1, 5)
 def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precision, beam, places):
     sources, limits = [texts(seed, 1)[0] for seed, _ in asked], [limit for _, limit in asked]
     alone = [

@@ -29,7 +29,7 @@ class Split(StrEnum):
     test = "test"
 
 
-class AnyRouter(StrEnum):
+class SummingRouter(StrEnum):
     """Routers whose weights sum to 1."""
 
     softmax = "softmax"
@@ -179,7 +179,7 @@ def upcycle(
     experts: Annotated[int, typer.Option(help="How many experts a layer gets.")] = 8,
     top_k: Annotated[int, typer.Option(help="How many of them a token visits.")] = 2,
     every: Annotated[int, typer.Option(help="2: every second block; and so on.")] = 1,
-    router: Annotated[AnyRouter, typer.Option(help="How they are chosen.")] = AnyRouter.softmax,
+    router: Annotated[SummingRouter, typer.Option(help="How they are chosen.")] = SummingRouter.softmax,
     out: Annotated[
         Path | None, typer.Option(metavar="NEW", help="The new run; RUN-upcycled by default.", show_default=False)
     ] = None,

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.errors import ConfigError, require
+from triglot.layers.vectors import VECTOR, in_whole_vectors, round_up
 
 BLOCK = 128
 NOTHING = -1e30
@@ -79,15 +80,17 @@ def log_sum_exp(
         values = F.pad(values, (0, -values.size(1) % BLOCK), value=-math.inf)
     maxima = values if maxima is None else maxima
     top, per_log = maxima.amax(1, keepdim=True).clamp_min_(NOTHING), 1 / math.log(2)
-    sums, (rows, columns) = torch.empty_like(top), values.shape
+    rows, columns = values.shape
+    sums = values.new_ones(round_up(rows, VECTOR), 1)
     some = max(1, IN_CACHE // columns)
     powers = values.new_empty(min(rows, some), columns)
     for first in range(0, rows, some):
         part, largest_of = values[first : first + some], top[first : first + some]
         into = powers[: len(part)]
-        torch.sub(part, largest_of, out=into).mul_(per_log).exp2_()  # so that the largest becomes exactly 1
-        torch.sum(into.view(len(part), -1, BLOCK).sum(2), 1, keepdim=True, out=sums[first : first + some])
-    return sums.log_().add_(top).masked_fill_(top == NOTHING, 0.0)
+        torch.sub(part, largest_of, out=into).mul_(per_log)  # so that the largest becomes exactly 1
+        in_whole_vectors(into, Tensor.exp2_)
+        torch.sum(into.view(len(part), -1, BLOCK).sum(2), 1, keepdim=True, out=sums[first : first + len(part)])
+    return sums.log_()[:rows].add_(top).masked_fill_(top == NOTHING, 0.0)
 
 
 def keep_top_k(logits: Float[Tensor, "rows vocab"], top_k: int) -> Float[Tensor, "rows vocab"]:
@@ -115,7 +118,7 @@ def keep_typical_p(logits: Float[Tensor, "rows vocab"], typical_p: float) -> Flo
     """
     log_probs = logits.log_softmax(1)
     # A running sum, since `sum` adds a row that is alone in another order than rows in company.
-    entropy = torch.special.entr(log_probs.exp()).cumsum(1)[:, -1:]
+    entropy = -(logits.softmax(1) * log_probs.clamp_min(NOTHING)).cumsum(1)[:, -1:]
     index = (-log_probs - entropy).abs().sort(dim=1, stable=True).indices
     return _until(typical_p, logits.gather(1, index), index)
 

@@ -110,8 +110,8 @@ class Sharded(Parallel[M]):
             weight = _full(mine)
             if self.team.is_first:
                 all_of_it.copy_(weight)
-        for mine_too, same in zip(self.module.buffers(), self.whole.buffers(), strict=True):
-            same.copy_(mine_too)
+        for buffer, of_whole in zip(self.module.buffers(), self.whole.buffers(), strict=True):
+            of_whole.copy_(buffer)
 
     @torch.no_grad()
     def collect_optimizer(self) -> None:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.layers.attend import FORBIDDEN
+from triglot.layers.vectors import round_up
 
 LENGTH = 16
 """Keys are read in multiples of this."""
@@ -24,11 +25,6 @@ def keep_rows(x: Tensor, dim: int, rows: Int[Tensor, " kept"]) -> Tensor:
     if len(moved):
         x.index_copy_(dim, moved, x.index_select(dim, rows[moved]))
     return x.narrow(dim, 0, len(rows))
-
-
-def round_up(number: int, to: int) -> int:
-    """The first multiple of `to` that is not below `number`."""
-    return -(-number // to) * to
 
 
 class Place(NamedTuple):

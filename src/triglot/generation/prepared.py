@@ -7,7 +7,7 @@ end weigh exactly nothing and are so many that no sum is taken in another order.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from triglot.blocks import Block
 from triglot.errors import require
-from triglot.generation.held import WIDTH, Held, Place, round_up
+from triglot.generation.held import WIDTH, Held, Place
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.attention import MultiHeadAttention
-from triglot.layers.feed_forward import Activation, PointwiseFeedForward, activate
+from triglot.layers.feed_forward import Activation, PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
 from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, Packer, Precision, pack
 from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions
+from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.models.stack import Stack
@@ -182,6 +183,20 @@ class PreparedMemory:
         return self.outer(at_least(mixed.reshape(rows, -1), len(x)))
 
 
+def activate_apart(x: Float[Tensor, "rows inner"], activation: Activation) -> Float[Tensor, "rows d_ff"]:
+    """`layers.feed_forward.activate`, each number's bits its own; may write over `x`."""
+    match activation:
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return in_whole_vectors(filled_up(x), torch.ops.aten.gelu_)[:, : x.size(1)]
+        case "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return in_whole_vectors(filled_up(gate).contiguous(), torch.ops.aten.silu_)[:, : up.size(1)] * up
+        case _:
+            assert_never(activation)
+
+
 class PreparedFeedForward:
     """Two products with an activation between them."""
 
@@ -198,14 +213,17 @@ class PreparedFeedForward:
         inner = self.inner
         if self.activation == "relu" and isinstance(inner, PackedFloat) and isinstance(self.outer, PackedFloat):
             return self.outer(inner.narrow(x, "relu"))  # which is the same in bf16
-        return self.outer(activate(inner(x), self.activation))
+        return self.outer(activate_apart(inner(x), self.activation))
 
 
 class PreparedExperts:
     """The experts that some row has chosen, one after another."""
 
     def __init__(self, moe: MixtureOfExperts, packer: Packer) -> None:
-        self.moe, self.router = moe, moe.router
+        self.moe, router = moe, moe.router
+        missing = round_up(moe.num_experts, VECTOR) - moe.num_experts
+        bias = None if router.bias is None else F.pad(router.bias.detach(), (0, missing))
+        self.router = pack(F.pad(router.weight.detach(), (0, 0, 0, missing)), bias, "fp32")
         self.shared = None if moe.shared is None else PreparedFeedForward.of(moe.shared, packer)
         none = [None] * moe.num_experts
         inner_bias = none if moe.inner_bias is None else moe.inner_bias.detach()
@@ -222,16 +240,32 @@ class PreparedExperts:
 
     def step(self, x: Hidden, rows: int) -> Hidden:
         """Of the first rows, which stand for tokens; what fills up others visits no expert."""
-        routed = at_least(self(at_most(x, rows), shares=False), len(x))
-        return routed if self.shared is None else routed.add_(self.shared(x))
+        tokens = at_most(x, rows)
+        filled = at_least(tokens, LEAST_SIZE)  # a sum over one row may be taken in another order
+        choice = self.choose(filled, torch.ones(len(filled), 1, dtype=torch.bool))
+        return at_least(self.mix(tokens, *(part[:rows] for part in choice)), len(x))
 
-    def __call__(self, x: Hidden, whole: Whole | None = None, *, shares: bool = True) -> Hidden:
-        filled = at_least(x, LEAST_SIZE) if whole is None else x  # sums over one row may be taken in another order
-        logits = (filled[:, None] * self.router.weight).sum(-1)  # as a product, its bits would have company
-        logits = logits if self.router.bias is None else logits + self.router.bias
-        real = torch.ones(1, len(filled), dtype=torch.bool) if whole is None else whole.real
-        choice = self.moe.choose(logits.view(*real.shape, -1), real)
-        experts, weights, chosen = (part.flatten(0, 1)[: len(x)] for part in choice[:3])
+    def whole(self, x: Hidden, whole: Whole) -> Hidden:
+        """Of whole texts, whose padding visits none."""
+        return self.mix(x, *self.choose(x, whole.real))
+
+    def choose(self, x: Hidden, real: Bool[Tensor, "texts length"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts, weights, which choices are some [rows, choices]; of as many texts at a time as one thread takes."""
+        logits = self.router(x)[:, : self.moe.num_experts]
+        texts = max(1, GRAIN // (real.size(1) * self.moe.num_experts))
+        parts = zip(logits.view(*real.shape, -1).split(texts), real.split(texts), strict=True)
+        found = zip(*(self.moe.choose(some, real_ones)[:3] for some, real_ones in parts), strict=True)
+        experts, weights, chosen = (torch.cat(part).flatten(0, 1) for part in found)
+        return experts, weights, chosen
+
+    def mix(
+        self,
+        x: Hidden,
+        experts: Int[Tensor, "rows choices"],
+        weights: Float[Tensor, "rows choices"],
+        chosen: Bool[Tensor, "rows choices"],
+    ) -> Hidden:
+        """What the chosen experts say, weighted and summed, and what the shared one says."""
         output = torch.zeros_like(x)
         if len(x) == 1:  # the same in the same order, without a search for rows
             for number, rank in sorted(zip(experts[0].tolist(), range(experts.size(1)), strict=True)):
@@ -241,7 +275,9 @@ class PreparedExperts:
                 row, rank = ((experts == number) & chosen).nonzero(as_tuple=True)
                 found = self.experts[number](at_least(x[row], self.least_rows))[: len(row)]
                 output[row] += weights[row, rank, None] * found
-        return output.add_(self.shared(x)) if shares and self.shared is not None else output
+        if self.shared is not None:
+            output += at_most(self.shared(at_least(x, self.least_rows)), len(x))
+        return output
 
 
 Sublayer = Callable[[Hidden], Hidden]
@@ -298,7 +334,9 @@ class PreparedBlock:
         """Rows are whole texts."""
         x = self.around_self_attention(x, lambda h: self.self_attention.whole(h, whole, turn, held))
         feed = self.feed_forward
-        return self.around_feed_forward(x, feed if isinstance(feed, PreparedFeedForward) else lambda h: feed(h, whole))
+        return self.around_feed_forward(
+            x, feed if isinstance(feed, PreparedFeedForward) else lambda h: feed.whole(h, whole)
+        )
 
 
 class PreparedStack:

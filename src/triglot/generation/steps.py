@@ -14,9 +14,10 @@ from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Chooser, Decoded, gather, stream_in_parts
 from triglot.errors import DeadEndError
-from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows, round_up
+from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows
 from triglot.generation.prepared import Memory, Prepared
 from triglot.layers.attend import FORBIDDEN
+from triglot.layers.vectors import round_up
 
 ROWS = 1024
 """Hypotheses that are read together at most."""

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from triglot.errors import require
 from triglot.layers.dropout import dropout
 from triglot.layers.feed_forward import Activation, activate, activate_again
+from triglot.layers.routing import places_in_queues
 
 Backend = Literal["loop", "segments", "grouped", "capacity", "few"]
 Tokens = Float[Tensor, "tokens d_model"]
@@ -241,9 +242,9 @@ def can_group(x: Tokens, stack: Weights) -> bool:
 
 def grouped(x: Tokens, assigned: Assigned, stack: Weights) -> Tokens:
     """The same rows by PyTorch's products of groups, without waiting for the counts; biases are added by rows."""
-    require(
-        can_group(x, stack), "backend", "another than grouped for fp64, or widths that are not whole 16 bytes", x.dtype
-    )
+    rule = "another for fp64 and for widths that are not whole 16 bytes"
+    value = f"grouped for {x.dtype} and widths {x.size(1)}, {stack.inner.size(1)} and {stack.outer.size(2)}"
+    require(can_group(x, stack), "backend", rule, value)
     num_experts, choices = len(stack.inner), assigned.experts.size(1)
     expert, order = assigned.experts.masked_fill(~assigned.kept, num_experts).flatten().sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(num_experts, device=x.device), right=True).int()
@@ -278,9 +279,9 @@ def capacity(x: Tokens, assigned: Assigned, stack: Weights) -> Tokens:
     """Every expert has as many places, filled or not, so that no shape depends on the routing."""
     num_experts, places = len(stack.inner), len(x) if assigned.most is None else min(assigned.most, len(x))
     tokens, choices = assigned.experts.shape
-    queue = F.one_hot(assigned.experts, num_experts) * assigned.kept[..., None]
-    place = (queue.flatten(0, 1).cumsum(0).view_as(queue) * queue).sum(-1)  # from 1
-    slot = torch.where(place > 0, assigned.experts * places + place - 1, num_experts * places).flatten()
+    expert = assigned.experts.flatten()
+    place = places_in_queues(expert[None], assigned.kept.flatten()[None], num_experts)[0]
+    slot = torch.where(place > 0, expert * places + place - 1, num_experts * places)
     filled = x.new_zeros(num_experts * places + 1, x.size(1))
     filled = filled.index_copy(0, slot, x.repeat_interleave(choices, 0))
     hidden = filled[:-1].view(num_experts, places, x.size(1)) @ stack.inner.mT

@@ -143,6 +143,14 @@ def expert_capacity(num_tokens: int, k: int, num_experts: int, factor: float, mi
     return max(minimum, math.ceil(factor * k * num_tokens / num_experts))
 
 
+def places_in_queues(
+    experts: Int[Tensor, "queues choices"], counted: Bool[Tensor, "queues choices"], num_experts: int
+) -> Int[Tensor, "queues choices"]:
+    """Each counted choice's place among those of its expert, from 1, in their order; 0 for the others."""
+    chosen = F.one_hot(experts, num_experts) * counted[..., None]
+    return (chosen.cumsum(1) * chosen).sum(-1)
+
+
 def within_capacity(
     experts: Int[Tensor, "batch length k"],
     real: Real,
@@ -155,11 +163,10 @@ def within_capacity(
     Places go by (position, choice, row): a later token never takes an earlier one's.
     """
     batch, length, k = experts.shape
-    queue = F.one_hot(experts, num_experts) * real[:, :, None, None]
-    queue = queue.permute(1, 2, 0, 3).reshape(1, -1, num_experts) if over == "batch" else queue.flatten(1, 2)
-    place = (queue.cumsum(1) * queue).sum(-1)
-    places = capacity if isinstance(capacity, int) else capacity[:, None]
-    fits = (place > 0) & (place <= places)
+    queues = experts, _of_real(real, k)
+    in_order = [(one.permute(1, 2, 0)[None] if over == "batch" else one).flatten(1) for one in queues]
+    place = places_in_queues(in_order[0], in_order[1], num_experts)
+    fits = (place > 0) & (place <= (capacity if isinstance(capacity, int) else capacity[:, None]))
     return fits.view(length, k, batch).permute(2, 0, 1) if over == "batch" else fits.view(batch, length, k)
 
 
