@@ -26,12 +26,14 @@ WIDTH, HALF = 256, 128
 ARMS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "softmax": {"num_experts": 8, "top_k": 2},
-    "sigmoid": {"num_experts": 8, "top_k": 2, "router": "sigmoid", "balance_weight": 0.0},
+    "sigmoid": {"num_experts": 8, "top_k": 2, "router": "sigmoid", "balance_weight": 0.0, "bias_rate": 0.003},
 }
 COMMON = {"d_model": 128, "num_heads": 4, "dropout": 0.1}
 OPTIONS = {"norm": "rms", "norm_order": "pre", "activation": "gelu", "bias": False, "tie_embeddings": True}
 PACKAGES = ("numpy", "torch", "sympy", "networkx", "transformers", "matplotlib")
-DOMAIN_BYTES = 200_000
+PACKAGE_BYTES, DOMAIN_BYTES = 4_000_000, 200_000
+HELD_OUT = 8
+"""Every so many-th file of a package is not trained on."""
 
 
 def languages_data(data: Path, out: Path) -> dict[str, Any]:
@@ -50,17 +52,19 @@ def lines_of(path: Path) -> list[str]:
 
 
 def code_data(out: Path) -> dict[str, Any]:
-    """The standard library's files and the packages', of each of which the first bytes are a domain of the table."""
-    paths = sysconfig.get_paths()
-    globs = []
+    """As much of the standard library and of each package; what is held out of each is a domain of the table."""
+    paths, trained = sysconfig.get_paths(), list[str]()
     for name in ("stdlib", *PACKAGES):
         folder = Path(paths["stdlib"]) if name == "stdlib" else Path(paths["purelib"]) / name
-        if folder.is_dir():
-            globs.append(f"{folder}/*.py" if name == "stdlib" else f"{folder}/**/*.py")
-            files = sorted(folder.glob("*.py" if name == "stdlib" else "**/*.py"))
-            text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files[:400])
-            (out / f"{name}.txt").write_text(text[:DOMAIN_BYTES], encoding="utf-8")
-    return {"kind": "text", "root": "/", "files": globs, "valid": 0.02, "max_bytes": 40_000_000}
+        files = sorted(folder.glob("*.py" if name == "stdlib" else "**/*.py"))
+        held = b"".join(file.read_bytes() for file in files[::HELD_OUT])[:DOMAIN_BYTES]
+        (out / f"{name}.txt").write_text(held.decode(errors="ignore"), encoding="utf-8")
+        size = 0
+        for number, file in enumerate(files):
+            size += file.stat().st_size if number % HELD_OUT else 0
+            if number % HELD_OUT and size <= PACKAGE_BYTES:
+                trained.append(str(file))
+    return {"kind": "text", "root": "/", "files": trained, "valid": 0.02}
 
 
 def recipe(task: str, arm: str, seed: int, data: dict[str, Any], steps: int) -> dict[str, Any]:
