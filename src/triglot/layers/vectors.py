@@ -31,7 +31,7 @@ def filled_up(x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead whole_vec
 
 def in_whole_vectors(x: Float[Tensor, "*lead whole_vectors"], work: Callable[[Tensor], Any]) -> Tensor:
     """`x`, which must lie in one piece, after `work` has changed all its numbers in place."""
-    if x.numel() <= GRAIN or x.device.type != "cpu":
+    if x.numel() <= GRAIN or x.device.type != "cpu" or torch.get_num_threads() == 1:
         work(x)
         return x
     flat, first = x.view(-1), 0
