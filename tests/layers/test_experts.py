@@ -1,5 +1,7 @@
 """However experts are computed, it is what the plain loop over them computes, gradients included."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +148,45 @@ def test_what_compiles_into_one_graph_has_the_gradients_of_the_loop(backend, dty
     monkeypatch.setitem(globals(), "mix", torch.compile(mix, fullgraph=True, backend="aot_eager"))
     for one, other in zip(output_and_gradients(x, assigned, stack, backend, dtype), expected, strict=True):
         torch.testing.assert_close(one, other, atol=TOLERANCE[dtype] * other.abs().max().item(), rtol=TOLERANCE[dtype])
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("kept", [1.0, 0.3])
+def test_threads_that_share_the_experts_compute_what_one_does(activation, kept, monkeypatch):
+    assigned, stack = assigned_to(EXPERTS * 100, 3, kept=kept), stack_of(activation, bias=True, dropout=0.0)
+    x, names = torch.randn(EXPERTS * 100, WIDTH), set[str]()
+
+    def product(*given):
+        names.add(threading.current_thread().name)
+        original(*given)
+
+    original = experts_module._product
+    monkeypatch.setattr(experts_module, "_product", product)
+    shared = output_and_gradients(x, assigned, stack, "segments")
+    assert len(names) == 2
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    alone = output_and_gradients(x, assigned, stack, "segments")
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        torch.set_num_threads(2)
+        torch.testing.assert_close(mix(x, assigned, stack, "segments"), shared[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_a_thread_is_told(monkeypatch):
+    monkeypatch.setattr(experts_module, "_product", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mix(torch.randn(500, WIDTH), assigned_to(500, 2), stack_of("gelu", bias=True), "segments")
 
 
 def test_places_that_are_known_to_be_enough_are_all_that_are_made():

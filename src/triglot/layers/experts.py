@@ -4,7 +4,11 @@ All give what `loop` gives. `segments` is the fast one on a processor; `grouped`
 not depend on the routing; `few` is for the few tokens of a decoding step.
 """
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,13 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from triglot.errors import require
 from triglot.layers.dropout import dropout
-from triglot.layers.feed_forward import Activation, activate, activate_again
+from triglot.layers.feed_forward import Activation, activate, activate_again, is_gated, parts_of
 from triglot.layers.routing import places_in_queues
 
 Backend = Literal["loop", "segments", "grouped", "capacity", "few"]
 Tokens = Float[Tensor, "tokens d_model"]
 FEW = 16
 """Choices up to which those are computed one expert after another, as they come."""
+
+ALONE = 32
+"""Rows an expert has on average from which on its operations are worth a thread of their own."""
 
 
 class Weights(NamedTuple):
@@ -160,14 +167,23 @@ class _Segments(torch.autograd.Function):
         scale: Tensor | None,
         activation: Activation,
     ) -> Tensor:
-        rows = len(dealt.token)
-        hidden = x.new_empty(rows, inner.size(1))
-        said = x.new_empty(rows + 1, x.size(1))
-        for expert, part in _parts(dealt.counts):
-            _product(x.index_select(0, dealt.token[part]), inner[expert].T, inner_bias, expert, hidden[part])
-            activated = activate(hidden[part], activation)
-            activated = activated if scale is None else activated.mul_(scale[part])
-            _product(activated, outer[expert].T, outer_bias, expert, said[part])
+        counts, halves = dealt.counts, inner.size(1) // outer.size(2)
+        hidden = x.new_empty(halves, len(dealt.token), outer.size(2))  # each part in one piece, which is faster to read
+        said = x.new_empty(len(dealt.token) + 1, x.size(1))
+        tokens, hiddens, saids, scales = (_by_expert(one, counts) for one in (dealt.token, hidden, said, scale))
+        inners = inner.unflatten(1, (halves, -1))
+        biases = None if inner_bias is None else inner_bias.unflatten(1, (halves, -1))
+
+        def work(expert: int) -> None:
+            rows = x.index_select(0, tokens[expert])
+            parts = hiddens[expert].unbind()
+            for part, into in enumerate(parts):
+                _product(rows, inners[expert, part].T, None if biases is None else biases[expert, part], into)
+            activated, _ = activate_again(parts, activation)
+            activated = activated if scale is None else activated.mul_(scales[expert])
+            _product(activated, outer[expert].T, None if outer_bias is None else outer_bias[expert], saids[expert])
+
+        for_each(counts, work)
         ctx.save_for_backward(x, weights, inner, outer, outer_bias, hidden, scale)
         ctx.dealt, ctx.activation, ctx.inner_biased = dealt, activation, inner_bias is not None
         return _gathered(said, dealt, weights)
@@ -176,53 +192,102 @@ class _Segments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, inner, outer, outer_bias, hidden, scale = ctx.saved_tensors
-        dealt, rows = ctx.dealt, len(hidden) + 1
-        of_inner, of_outer = (torch.zeros_like(stack) for stack in (inner, outer))
-        has_bias = ctx.inner_biased, outer_bias is not None
-        of_biases = [
-            x.new_zeros(len(stack), stack.size(1)) if has else None
-            for stack, has in zip((inner, outer), has_bias, strict=True)
-        ]
-        of_rows, of_weights = x.new_empty(rows, x.size(1)), x.new_zeros(rows)
-        row_weights = x.new_zeros(rows).scatter_(0, dealt.row.flatten(), weights.flatten())
-        for expert, part in _parts(dealt.counts):
-            token = dealt.token[part]
-            of_said = grad.index_select(0, token)  # not yet weighted
-            activated, gradient = activate_again(hidden[part], ctx.activation)
+        dealt, activation, counts = ctx.dealt, ctx.activation, ctx.dealt.counts
+        of_inner, of_outer = (torch.empty_like(stack) for stack in (inner, outer))
+        of_inner_bias, of_outer_bias = (
+            x.new_empty(len(stack), stack.size(1)) if has else None
+            for stack, has in ((inner, ctx.inner_biased), (outer, outer_bias is not None))
+        )
+        of_all = [one for one in (of_inner, of_outer, of_inner_bias, of_outer_bias) if one is not None]
+        rows = len(dealt.token) + 1
+        of_rows, of_weights, row_weights = x.new_empty(rows, x.size(1)), x.new_zeros(rows), x.new_zeros(rows, 1)
+        row_weights.view(-1).scatter_(0, dealt.row.flatten(), weights.flatten())
+        tokens, hiddens, scales, rows_of, weights_of, bys = (
+            _by_expert(one, counts) for one in (dealt.token, hidden, scale, of_rows, of_weights, row_weights)
+        )
+
+        def work(expert: int) -> None:
+            of_said = grad.index_select(0, tokens[expert])  # not yet weighted
+            activated, gradient = activate_again(hiddens[expert].unbind(), activation)
             of_activated = of_said @ outer[expert]
             if scale is not None:
-                activated, of_activated = activated * scale[part], of_activated.mul_(scale[part])
-            of_weights[part] = (of_activated * activated).sum(-1)  # what was said is not kept: W a · g = a · Wᵀ g
+                activated, of_activated = activated * scales[expert], of_activated.mul_(scales[expert])
+            # What was said is not kept: W a · g = a · Wᵀ g.
+            torch.sum(of_activated * activated, -1, out=weights_of[expert])
             if outer_bias is not None:
-                of_weights[part] += of_said @ outer_bias[expert]
-            of_said *= row_weights[part, None]
+                weights_of[expert] += of_said @ outer_bias[expert]
+            of_said *= bys[expert]
             torch.mm(of_said.T, activated, out=of_outer[expert])
-            of_hidden = gradient(of_activated.mul_(row_weights[part, None]))
-            torch.mm(of_hidden.T, x.index_select(0, token), out=of_inner[expert])
-            torch.mm(of_hidden, inner[expert], out=of_rows[part])
-            for of_bias, one in zip(of_biases, (of_hidden, of_said), strict=True):
+            of_activated *= bys[expert]
+            of_hidden = x.new_empty(counts[expert], inner.size(1)) if is_gated(activation) else of_activated
+            gradient(of_activated, parts_of(of_hidden, activation))
+            torch.mm(of_hidden.T, x.index_select(0, tokens[expert]), out=of_inner[expert])
+            torch.mm(of_hidden, inner[expert], out=rows_of[expert])
+            for of_bias, one in ((of_inner_bias, of_hidden), (of_outer_bias, of_said)):
                 if of_bias is not None:
                     torch.sum(one, 0, out=of_bias[expert])
+
+        for_each(counts, work)
+        for expert, count in enumerate(counts):
+            for one in of_all if count == 0 else ():
+                one[expert] = 0
         of_weights[-1] = 0
         of_choices = of_weights.index_select(0, dealt.row.flatten()).view_as(weights)
-        return _gathered(of_rows, dealt), of_choices, of_inner, of_outer, *of_biases, None, None, None
+        of_x = _gathered(of_rows, dealt)
+        return of_x, of_choices, of_inner, of_outer, of_inner_bias, of_outer_bias, None, None, None
 
 
-def _parts(counts: list[int]) -> list[tuple[int, slice]]:
-    """The experts that have rows, with them."""
-    parts, first = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            parts.append((expert, slice(first, first + count)))
-        first += count
-    return parts
+def _by_expert(x: Tensor | None, counts: list[int]) -> Any:
+    """Each expert's rows; a tensor of three dimensions has them in the second."""
+    if x is None:
+        return [None] * len(counts)
+    dim = 1 if x.dim() == 3 else 0
+    return list(x.split([*counts, x.size(dim) - sum(counts)], dim))
 
 
-def _product(rows: Tensor, matrix: Tensor, biases: Tensor | None, expert: int, out: Tensor) -> None:
-    if biases is None:
+def for_each(counts: list[int], work: Callable[[int], None]) -> None:
+    """Do the work of each expert that has rows.
+
+    Where there are enough of them each thread does it for experts of its own, from beginning to end: that is less to
+    wait for, and more that stays in a core's own cache, than all threads on one operation after another.
+    """
+    busy, threads = [expert for expert, count in enumerate(counts) if count], torch.get_num_threads()
+    if threads == 1 or len(busy) < 2 * threads or sum(counts) < ALONE * len(busy):
+        for expert in busy:
+            work(expert)
+        return
+    shares, rows = [list[int]() for _ in range(threads)], [0] * threads
+    for expert in sorted(busy, key=counts.__getitem__, reverse=True):
+        least = rows.index(min(rows))
+        shares[least].append(expert)
+        rows[least] += counts[expert]
+    inference = torch.is_inference_mode_enabled()
+
+    def share(experts: list[int]) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            for expert in experts:
+                work(expert)
+
+    list(_threads(os.getpid(), threads).map(share, shares))
+
+
+@cache
+def _threads(process: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001  # threads do not outlive a fork
+    """Threads whose operations use no others."""
+    before, all_there = torch.get_num_threads(), Barrier(count + 1)
+    pool = ThreadPoolExecutor(count, "experts", torch.set_num_threads, (1,))
+    for _ in range(count):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    torch.set_num_threads(before)  # which else would be 1 in any thread that begins later
+    return pool
+
+
+def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
         torch.mm(rows, matrix, out=out)
     else:
-        torch.addmm(biases[expert], rows, matrix, out=out)
+        torch.addmm(bias, rows, matrix, out=out)
 
 
 def _gathered(rows: Tensor, dealt: Dealt, weights: Tensor | None = None) -> Tensor:

@@ -1,14 +1,13 @@
 """The position-wise feed-forward layer (Vaswani et al. 2017, §3.3; gated: Shazeer 2020)."""
 
-from collections.abc import Callable
-from typing import Any, Literal, assert_never
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 from triglot.layers.dropout import Dropout
 from triglot.layers.linear import Linear, project
@@ -16,23 +15,32 @@ from triglot.layers.linear import Linear, project
 Activation = Literal["relu", "gelu", "swiglu"]
 
 
+Parts = Sequence[Float[Tensor, "*lead d_ff"]]
+"""What an activation reads: one tensor, or one that opens and closes another."""
+ATEN = torch.ops.aten
+PLAIN: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "relu": (F.relu, lambda grad, x, into: ATEN.threshold_backward.grad_input(grad, x, 0, grad_input=into)),
+    "gelu": (F.gelu, lambda grad, x, into: ATEN.gelu_backward.grad_input(grad, x, grad_input=into)),
+    "swiglu": (F.silu, lambda grad, x, into: ATEN.silu_backward.grad_input(grad, x, grad_input=into)),
+}
+"""What becomes of the first part, and how its gradient comes from the gradient of that."""
+
+
 def is_gated(activation: Activation) -> bool:
     """Whether the first projection is twice as wide, one half opening or closing the other."""
     return activation == "swiglu"
 
 
+def parts_of(x: Float[Tensor, "*lead inner"], activation: Activation) -> Parts:
+    """The halves of `x`, or all of it."""
+    return x.chunk(2, dim=-1) if is_gated(activation) else (x,)
+
+
 def activate(x: Float[Tensor, "*lead inner"], activation: Activation) -> Float[Tensor, "*lead d_ff"]:
     """relu(x), gelu(x), or silu(x₁)·x₂ with x₁ and x₂ the halves of x."""
-    match activation:
-        case "relu":
-            return F.relu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "swiglu":
-            gate, up = x.chunk(2, dim=-1)
-            return F.silu(gate) * up
-        case _:
-            assert_never(activation)
+    first, *second = parts_of(x, activation)
+    opened = PLAIN[activation][0](first)
+    return opened * second[0] if second else opened
 
 
 class PointwiseFeedForward(nn.Module):
@@ -81,18 +89,26 @@ class _Outer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        activated, gradient = activate_again(h, ctx.activation)
+        activated, gradient = activate_again(parts_of(h, ctx.activation), ctx.activation)
         of_weight = rows.T @ activated.flatten(0, -2)
         del activated  # where memory peaks
-        return gradient(grad @ weight), of_weight, rows.sum(0) if ctx.biased else None, None
+        of_activated = grad @ weight
+        of_h = torch.empty_like(h) if is_gated(ctx.activation) else of_activated
+        gradient(of_activated, parts_of(of_h, ctx.activation))
+        return of_h, of_weight, rows.sum(0) if ctx.biased else None, None
 
 
-def activate_again(h: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """activation(h), and what makes h's gradient of its gradient, which it may write over."""
-    if activation == "gelu":
-        return F.gelu(h), lambda grad: torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad)
-    with torch.enable_grad():
-        h = h.detach().requires_grad_()
-        activated = activate(h, activation)
-    edge = get_gradient_edge(activated)
-    return activated.detach(), lambda grad: torch.autograd.grad(edge, h, grad)[0]
+def activate_again(
+    parts: Parts, activation: Activation
+) -> tuple[Float[Tensor, "*lead d_ff"], Callable[[Tensor, Parts], None]]:
+    """The activation, and what makes the gradients of its parts of its own, which it may write over."""
+    forward, backward = PLAIN[activation]
+    opened = forward(parts[0])
+
+    def gradient(grad: Tensor, into: Parts) -> None:
+        if len(parts) > 1:
+            torch.mul(grad, opened, out=into[1])
+            grad *= parts[1]
+        backward(grad, parts[0], into[0])
+
+    return (opened * parts[1] if len(parts) > 1 else opened), gradient
