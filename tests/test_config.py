@@ -156,6 +156,7 @@ def test_what_is_missing_is_named_by_its_dotted_path():
         (model(options={"experts": {"num_experts": 3, "top_k": 4}}), "model.options.experts.top_k"),
         (model(options={"experts": {"num_experts": 3, "router": "expert_choice"}}), "model.options.experts.router"),
         (model(options={"experts": {"num_experts": 3, "side": "encoder"}}), "model.options.experts.side"),
+        (model(options={"experts": {"num_experts": 3, "every": 99}}), "model.options.experts.every"),
         (model(options={"num_kv_heads": 3}), "model.options.num_kv_heads"),
         ({"data": {"kind": "text"}}, "data.files"),
         ({"train": {"betas": [0.9, 1.0]}}, "train.betas"),

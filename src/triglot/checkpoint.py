@@ -64,6 +64,8 @@ class Progress:
     """Loss and gradient norm of the last applied steps, oldest first: what a spike is told by."""
     skipped: list[int] = field(default_factory=list)
     """The steps whose update was not applied."""
+    spikes: list[list[float]] = field(default_factory=list)
+    """Epoch, loss and gradient norm of those among them that were finite."""
     evaluated: int = 0
     """The step of the last evaluation."""
     scores: dict[str, float] = field(default_factory=dict)

@@ -197,6 +197,8 @@ class ModelConfig(Checked):
             rule = "both or decoder where there is no encoder"
             lost = self.kind == "decoder_only" and experts.side == "encoder"
             _require(not lost, "options.experts.side", rule, experts.side)
+            rule = f"at most num_layers ({self.num_layers})"
+            _require(experts.every <= self.num_layers, "options.experts.every", rule, experts.every)
         rotary, head_dim = self.options.positions == "rotary", self.d_model // self.num_heads
         rule = f"an even multiple of num_heads ({self.num_heads}) with rotary positions"
         _require(not rotary or head_dim % 2 == 0, "d_model", rule, self.d_model)

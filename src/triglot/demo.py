@@ -102,7 +102,7 @@ def one(name: str, folder: Path, settings: Sequence[str], console: Console) -> O
         console.print(f"{folder / picture}", style="cyan", highlight=False)
     size, active = count_parameters(engine.model), count_active_parameters(engine.model)
     told = f"{type(engine.model).__name__}, {size:,} parameters" + (f", {active:,} active" if active < size else "")
-    return Outcome(name, told, reached, time.perf_counter() - began)
+    return Outcome(name, f"{told}, {config.train.max_steps} steps", reached, time.perf_counter() - began)
 
 
 def translate(folder: Path, engine: Engine, console: Console) -> dict[str, float]:

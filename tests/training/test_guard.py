@@ -51,6 +51,14 @@ def test_spikes_in_a_row_are_all_told(size, number):
         usual = seen(usual, size, 1.0)
 
 
+def test_a_spike_that_an_earlier_pass_had_too_is_data():
+    assert fault(5.0, 9.0, STEADY) == "the loss is a spike"
+    assert fault(5.0, 9.0, STEADY, [[4.0, 7.0]]) is None
+    assert fault(5.0, 9.0, STEADY, [[3.0, 7.0]]) == "the loss is a spike"
+    assert fault(1.0, 99.0, STEADY, [[4.0, 7.0]]) == "the gradient norm is a spike"
+    assert fault(math.nan, 9.0, STEADY, [[4.0, 7.0]]) == "the loss is not finite"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_usual(value):
     usual = [[1.0, 2.0]] * WINDOW

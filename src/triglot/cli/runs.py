@@ -234,7 +234,7 @@ def experts(
     run: Run,
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=FILE]…", help="A text of each domain; by default the run's target tags."),
+        typer.Argument(metavar="[NAME=FILE]…", help="Text or pairs of each domain; by default the run's target tags."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
     which: Which = "best",
@@ -242,7 +242,10 @@ def experts(
     """Show which experts compute which domain: languages, kinds of text."""
     from triglot.insight.domains import as_dict, expert_domains, table
 
-    named = dict(map(_named, files or []))
+    given = [_named(one) for one in files or []]
+    named = dict(given)
+    names = [name for name, _ in given]
+    require(len(named) == len(given), "NAME=FILE", "given once for each name", names, ConfigError)
     found = expert_domains(run, named, which)
     typer.echo(json.dumps(as_dict(found)) if as_json else table(found))
 

@@ -254,8 +254,9 @@ class PreparedExperts:
         logits = self.router(x)[:, : self.moe.num_experts]
         texts = max(1, GRAIN // (real.size(1) * self.moe.num_experts))
         parts = zip(logits.view(*real.shape, -1).split(texts), real.split(texts), strict=True)
-        found = zip(*(self.moe.choose(some, real_ones)[:3] for some, real_ones in parts), strict=True)
-        experts, weights, chosen = (torch.cat(part).flatten(0, 1) for part in found)
+        found = [self.moe.choose(some, real_ones)[:3] for some, real_ones in parts]
+        whole = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        experts, weights, chosen = (part.flatten(0, 1) for part in whole)
         return experts, weights, chosen
 
     def mix(

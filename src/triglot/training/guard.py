@@ -19,9 +19,20 @@ LEAST_SPREAD = 0.02
 """Of losses and log norms: values that hardly differ are no reason to call the next one a spike."""
 
 
-def fault(loss: float, grad_norm: float, usual: Sequence[Sequence[float]]) -> str | None:
-    """Why a step with this loss and gradient norm is not to be applied, or None; `usual` is what `seen` made."""
-    limits = _limits(usual)
+ALIKE = 1.5
+"""A spike that is no larger than this times one of an earlier pass through the data is taken for the same data."""
+
+
+def fault(
+    loss: float, grad_norm: float, usual: Sequence[Sequence[float]], known: Sequence[Sequence[float]] = ()
+) -> str | None:
+    """Why a step with this loss and gradient norm is not to be applied, or None; `usual` is what `seen` made.
+
+    `known` are loss and gradient norm of spikes of earlier passes through the data: what comes again belongs to it, and
+    would never be learned if it were skipped each time.
+    """
+    again = any(loss <= ALIKE * one and grad_norm <= ALIKE * norm for one, norm in known)
+    limits = (math.inf, math.inf) if again else _limits(usual)
     for name, value, limit in (("loss", loss, limits[0]), ("gradient norm", grad_norm, limits[1])):
         if not math.isfinite(value):
             return f"the {name} is not finite"

@@ -205,7 +205,8 @@ class Trainer:
         number = self.progress.step + 1
         found = self.gradients([one.batch for one in taken])
         loss, norm = found.loss, found.norm.item()
-        reason = self.team.told(fault(loss, norm, self.progress.usual))
+        known = [spike[1:] for spike in self.progress.spikes if spike[0] < taken[0].epoch]
+        reason = self.team.told(fault(loss, norm, self.progress.usual, known))
         self.progress.usual = seen(self.progress.usual, loss, norm)
         if reason is None:
             self.apply(number, found)
@@ -232,6 +233,8 @@ class Trainer:
         """
         at, loss, norm = self.progress, found.loss, found.norm.item()
         at.step, at.seconds, at.skipped = number, time.perf_counter() - self.began, [*at.skipped, number]
+        if math.isfinite(loss) and math.isfinite(norm):
+            at.spikes = [*at.spikes, [taken[0].epoch, loss, norm]]
         line = {
             "kind": "skipped",
             "step": number,
