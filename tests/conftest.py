@@ -39,6 +39,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "norm_order": "pre", "norm": "rms", "activation": "swiglu", "bias": False,
         "experts": {"num_experts": 5, "top_k": 2, "router": "sigmoid", "shared": 1, "d_ff": 11},
     },
+    "t5": {
+        "norm_order": "pre", "norm": "rms", "positions": "relative", "relative_buckets": 8, "relative_distance": 6,
+        "activation": "geglu_tanh", "bias": False, "output_bias": False, "head_dim": 7, "scale_attention": False,
+        "scale_output": True, "scale_embeddings": False, "tie_embeddings": True,
+    },
+    "qwen3": {
+        "norm_order": "pre", "norm": "rms", "positions": "rotary", "activation": "swiglu", "num_kv_heads": 2,
+        "bias": False, "qkv_bias": True, "head_dim": 8, "qk_norm": "head", "scale_embeddings": False,
+        "rope_scaling": {"kind": "llama3", "factor": 4.0, "original_max_position": 11},
+    },
+    "post-rotary-embedding-norm-norms-of-width": {
+        "positions": "rotary", "embedding_norm": True, "qk_norm": "width", "activation": "silu", "num_kv_heads": 2,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position": 11},
+    },
+    "bart-experts": {
+        "positions": "learned", "embedding_norm": True, "activation": "gelu_tanh", "scale_embeddings": False,
+        "experts": {"num_experts": 5, "top_k": 2},
+    },
     "experts-with-capacity": {"experts": {"num_experts": 5, "top_k": 2, "capacity_factor": 0.5}},
 }  # fmt: skip
 

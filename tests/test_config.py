@@ -18,6 +18,7 @@ from triglot.config import (
     ExpertOptions,
     GenerationConfig,
     ModelConfig,
+    RopeScaling,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -36,12 +37,21 @@ experts = st.builds(
     every=st.integers(1, 3), capacity_factor=st.none() | st.floats(0.1, 9), balance_weight=st.floats(0, 1),
     z_weight=st.floats(0, 1), router_bias=st.booleans(),
 )  # fmt: skip
+scalings = st.one_of(
+    st.builds(RopeScaling, kind=st.just("linear"), factor=st.floats(1, 99)),
+    st.builds(
+        RopeScaling, kind=st.just("yarn"), factor=st.floats(1, 99), original_max_position=st.integers(1, 999),
+        beta_fast=st.floats(2, 99), attention_factor=st.none() | st.floats(0.1, 9),
+    ),
+)  # fmt: skip
 block_options = st.builds(
     BlockOptions,
     norm=st.sampled_from(["layer", "rms"]), norm_order=st.sampled_from(["pre", "post"]),
     norm_eps=st.floats(1e-9, 1e-3), final_norm=st.none() | st.booleans(),
-    positions=st.sampled_from(["sinusoidal", "learned", "rotary"]), rope_theta=st.floats(1, 1e7),
-    activation=st.sampled_from(["relu", "gelu", "swiglu"]), bias=st.booleans(),
+    positions=st.just("rotary"), rope_theta=st.floats(1, 1e7), rope_scaling=st.none() | scalings,
+    activation=st.sampled_from(["relu", "gelu", "swiglu", "geglu_tanh"]), bias=st.booleans(),
+    qkv_bias=st.none() | st.booleans(), head_dim=st.sampled_from([None, 2, 6]),
+    qk_norm=st.sampled_from([None, "head", "width"]), scale_attention=st.booleans(),
     output_bias=st.none() | st.booleans(), num_kv_heads=st.sampled_from([None, 1, 2, 4]),
     tie_embeddings=st.booleans(), scale_embeddings=st.booleans(), attention_dropout=rates,
     activation_dropout=rates, embedding_dropout=rates, experts=st.none() | experts,
@@ -158,6 +168,9 @@ def test_what_is_missing_is_named_by_its_dotted_path():
         (model(options={"experts": {"num_experts": 3, "side": "encoder"}}), "model.options.experts.side"),
         (model(options={"experts": {"num_experts": 3, "every": 99}}), "model.options.experts.every"),
         (model(options={"num_kv_heads": 3}), "model.options.num_kv_heads"),
+        (model(options={"rope_scaling": {"kind": "linear", "factor": 0.0}}), "model.options.rope_scaling.factor"),
+        (model(options={"positions": "rotary", "head_dim": 7}), "model.options.head_dim"),
+        (model(kind="encoder_decoder", options={"window": 7}), "model.options.window"),
         ({"data": {"kind": "text"}}, "data.files"),
         ({"train": {"betas": [0.9, 1.0]}}, "train.betas"),
         ({"seed": -1}, "seed"),
@@ -181,6 +194,22 @@ REFUSED = [
     (BlockOptions, {"norm_eps": 0.0}),
     (BlockOptions, {"rope_theta": -1.0}),
     (BlockOptions, {"num_kv_heads": 0}),
+    (BlockOptions, {"head_dim": 0}),
+    (BlockOptions, {"window": 0}),
+    (BlockOptions, {"relative_buckets": 8}),
+    (BlockOptions, {"relative_distance": 99}),
+    (BlockOptions, {"positions": "relative", "relative_buckets": 3}),
+    (BlockOptions, {"positions": "relative", "relative_distance": 16}),
+    (BlockOptions, {"positions": "relative", "num_kv_heads": 1}),
+    (BlockOptions, {"rope_scaling": RopeScaling(kind="linear", factor=2.0)}),
+    (RopeScaling, {"kind": "linear", "factor": 0.5}),
+    (RopeScaling, {"kind": "linear", "factor": math.inf}),
+    (RopeScaling, {"kind": "linear", "factor": 2.0, "original_max_position": 7}),
+    (RopeScaling, {"kind": "dynamic", "factor": 2.0, "original_max_position": None}),
+    (RopeScaling, {"kind": "yarn", "factor": 2.0, "original_max_position": 7, "low_freq_factor": 2.0}),
+    (RopeScaling, {"kind": "llama3", "factor": 2.0, "original_max_position": 7, "attention_factor": 2.0}),
+    (RopeScaling, {"kind": "llama3", "factor": 2.0, "original_max_position": 7, "high_freq_factor": 1.0}),
+    (RopeScaling, {"kind": "yarn", "factor": 2.0, "original_max_position": 7, "beta_fast": 1.0}),
     (BlockOptions, {"attention_dropout": 1.0}),
     (BlockOptions, {"activation_dropout": -0.1}),
     (BlockOptions, {"embedding_dropout": math.nan}),
@@ -190,6 +219,8 @@ REFUSED = [
     (ModelConfig, {"kind": "decoder_only", "dropout": 1.0}),
     (ModelConfig, {"kind": "decoder_only", "options": BlockOptions(num_kv_heads=3)}),
     (ModelConfig, {"kind": "decoder_only", "d_model": 8 * 11, "options": BlockOptions(positions="rotary")}),
+    (ModelConfig, {"kind": "decoder_only", "options": BlockOptions(positions="rotary", head_dim=11)}),
+    (ModelConfig, {"kind": "encoder_decoder", "options": BlockOptions(window=11)}),
     (TokenizerConfig, {"vocab_size": 299}),
     (DataConfig, {"kind": "text"}),
     (DataConfig, {"kind": "text", "files": ("a",), "valid": 1.0}),
@@ -287,6 +318,7 @@ def recipe(tmp_path) -> Path:
         ("model.options.norm=rms", "model.options.norm", "rms"),
         ("model.options.experts.num_experts=5", "model.options.experts.num_experts", 5),
         ("model.options.experts=none", "model.options.experts", None),
+        ("model.options.rope_scaling=none", "model.options.rope_scaling", None),
         ("model.options.tie_embeddings=true", "model.options.tie_embeddings", True),
         ('data.files=["b.txt", "c.txt"]', "data.files", ("b.txt", "c.txt")),
         ("data.root=/some/where = odd", "data.root", "/some/where = odd"),
@@ -339,7 +371,7 @@ def all_configs(kind: type = RunConfig) -> set[type]:
 def test_configs_are_frozen_and_take_keywords_only(kind):
     assert kind.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(kind))
-    assert len(all_configs()) == 9
+    assert len(all_configs()) == 10
 
 
 def test_dropout_left_out_is_filled_in_and_given_is_kept():

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from triglot.config import BlockOptions, ExpertOptions, RunConfig
+from triglot.config import BlockOptions, ExpertOptions, RopeScaling, RunConfig
 from triglot.recipe import from_dict
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "how-to-write-a-recipe.md").read_text(encoding="utf-8")
 SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "seed"} | {
     "model.options": BlockOptions,
+    "model.options.rope_scaling": RopeScaling,
     "model.options.experts": ExpertOptions,
 }
 

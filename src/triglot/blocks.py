@@ -18,7 +18,7 @@ from triglot.layers.routing import Routing
 
 Hidden = Float[Tensor, "batch length d_model"]
 Memory = Float[Tensor, "batch memory d_model"]
-Weights = Float[Tensor, "batch heads query key"]
+PositionBias = Float[Tensor, "#batch heads length keys"]
 Mask = Bool[Tensor, "..."]
 
 
@@ -84,7 +84,8 @@ def make_feed_forward(
 class Block(nn.Module):
     """Self-attention, then attention over a memory if it has one, then a feed-forward, dense or of experts.
 
-    A block knows no positions: with rotary ones its caller, the model, passes the rotation.
+    A block knows no positions: its caller, the model, passes the rotation of rotary ones and what relative ones add to
+    scores.
     """
 
     def __init__(
@@ -94,7 +95,18 @@ class Block(nn.Module):
 
         def attention() -> MultiHeadAttention:
             rate = dropout if options.attention_dropout is None else options.attention_dropout
-            return MultiHeadAttention(d_model, num_heads, rate, num_kv_heads=options.num_kv_heads, bias=options.bias)
+            return MultiHeadAttention(
+                d_model,
+                num_heads,
+                rate,
+                num_kv_heads=options.num_kv_heads,
+                head_dim=options.head_dim,
+                bias=options.bias,
+                qkv_bias=options.qkv_bias,
+                qk_norm=options.qk_norm,
+                norm_eps=options.norm_eps,
+                scale=options.scale_attention,
+            )
 
         def residual() -> Residual:
             return Residual(d_model, dropout, norm=options.norm, order=options.norm_order, eps=options.norm_eps)
@@ -116,6 +128,7 @@ class Block(nn.Module):
         causal: bool = False,
         real: Bool[Tensor, "batch length"] | None = None,
         rotation: Rotation | None = None,
+        position_bias: PositionBias | None = None,
         cache: LayerCache | None = None,
         memory_cache: MemoryCache | None = None,
         need_weights: bool = False,
@@ -124,7 +137,15 @@ class Block(nn.Module):
 
         def attend(h: Hidden) -> Attention:
             return self.self_attention(
-                h, h, h, mask, causal=causal, rotation=rotation, cache=cache, need_weights=need_weights
+                h,
+                h,
+                h,
+                mask,
+                causal=causal,
+                rotation=rotation,
+                bias=position_bias,
+                cache=cache,
+                need_weights=need_weights,
             )
 
         def attend_to_memory(h: Hidden) -> Attention:

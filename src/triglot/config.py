@@ -10,8 +10,8 @@ from triglot.errors import ConfigError, require
 
 Norm = Literal["layer", "rms"]
 NormOrder = Literal["pre", "post"]
-Positions = Literal["sinusoidal", "learned", "rotary"]
-Activation = Literal["relu", "gelu", "swiglu"]
+Positions = Literal["sinusoidal", "learned", "rotary", "relative"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu_tanh"]
 Router = Literal["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"]
 Kind = Literal["encoder_decoder", "decoder_only"]
 
@@ -52,6 +52,12 @@ class Checked:
             for rule in rules(hint) if value is not None else ():
                 holds = all(map(rule.holds, value)) if isinstance(value, tuple) else rule.holds(value)
                 _require(holds, name.rstrip("_"), rule.text, value)
+
+    def _left_out_unless(self, *fields: tuple[str, bool, str]) -> None:
+        """Refuse a value in a field that does not count, given when it does, as a test and in words."""
+        for name, counts, where in fields:
+            value, default = getattr(self, name), getattr(type(self), name)
+            _require(counts or value == default, name, f"left out unless {where}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +109,12 @@ class ExpertOptions(Checked):
         rule = "at least 2 where a token's weights sum to 1: a weight that is always 1 teaches a router nothing"
         _require(not single, "top_k", rule, self.top_k)
         limited = self.capacity_factor is not None
-        for name, counts, where in (
+        self._left_out_unless(
             ("renormalize", self.router == "softmax", 'router is "softmax"'),
             ("bias_rate", self.router == "sigmoid", 'router is "sigmoid"'),
             ("capacity_over", limited, "there is a capacity_factor"),
             ("min_capacity", limited, "there is a capacity_factor"),
-        ):
-            value, default = getattr(self, name), getattr(type(self), name)
-            _require(counts or value == default, name, f"left out unless {where}", value)
+        )
         takes = self.router != "expert_choice" or not limited
         rule = "None with expert_choice, where experts take as many tokens as they have places for"
         _require(takes, "capacity_factor", rule, self.capacity_factor)
@@ -129,6 +133,45 @@ class ExpertOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling(Checked):
+    """Rotary positions of a model that reads longer texts than it was first trained on (`layers/rope_scaling.py`)."""
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn"]
+    factor: Annotated[float, Rule("at least 1 and finite", lambda factor: 1 <= factor < math.inf)]
+    """How many times as long texts may be."""
+    original_max_position: Count | None = None
+    """All but linear: tokens of a text in that first training."""
+    low_freq_factor: Positive = 1.0
+    """llama3: what turns less often than this in so many tokens is slowed down by `factor`,"""
+    high_freq_factor: Positive = 4.0
+    """and what turns more often than this, not at all."""
+    beta_fast: Positive = 32.0
+    """yarn: what turns so often is not slowed down,"""
+    beta_slow: Positive = 1.0
+    """and what turns so seldom is, by `factor`."""
+    attention_factor: Positive | None = None
+    """yarn: what queries and keys are multiplied by; None: 1 + 0.1 · ln factor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        llama3, yarn = self.kind == "llama3", self.kind == "yarn"
+        self._left_out_unless(
+            ("original_max_position", self.kind != "linear", 'kind is "dynamic", "llama3" or "yarn"'),
+            ("low_freq_factor", llama3, 'kind is "llama3"'),
+            ("high_freq_factor", llama3, 'kind is "llama3"'),
+            ("beta_fast", yarn, 'kind is "yarn"'),
+            ("beta_slow", yarn, 'kind is "yarn"'),
+            ("attention_factor", yarn, 'kind is "yarn"'),
+        )
+        given = self.kind == "linear" or self.original_max_position is not None
+        _require(given, "original_max_position", 'given unless kind is "linear"', None)
+        rule = f"above low_freq_factor ({self.low_freq_factor})"
+        _require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", rule, self.high_freq_factor)
+        rule = f"above beta_slow ({self.beta_slow})"
+        _require(self.beta_fast > self.beta_slow, "beta_fast", rule, self.beta_fast)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockOptions(Checked):
     """What may differ from the founding document's blocks; the defaults are the document's."""
 
@@ -139,17 +182,36 @@ class BlockOptions(Checked):
     """A norm after the last block; None: with pre-norm, and always in the `DecoderLLM`."""
     positions: Positions = "sinusoidal"
     rope_theta: Positive = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    relative_buckets: Annotated[int, Rule("at least 4", lambda buckets: buckets >= 4)] = 32
+    """relative: a learned number for each of so many distances, the far ones in ranges (Raffel et al. 2020, §2.1)."""
+    relative_distance: Count = 128
+    """relative: from so far on all distances are one."""
+    window: Count | None = None
+    """decoder_only: a token attends to so many of the last, itself included (Jiang et al. 2023); None: to all."""
     activation: Activation = "relu"
     bias: bool = True
     """Biases in the projections of attention and feed-forward."""
+    qkv_bias: bool | None = None
+    """Biases in the projections to queries, keys and values; None: as `bias`."""
     output_bias: bool | None = None
     """A bias of the projection to the vocabulary; None: the document's choice (`Transformer` yes, `DecoderLLM` no)."""
     num_kv_heads: Count | None = None
     """Fewer heads for keys and values than for queries (Ainslie et al. 2023); None: as many."""
+    head_dim: Count | None = None
+    """Width of a head; None: d_model / num_heads."""
+    qk_norm: Literal["head", "width"] | None = None
+    """An RMSNorm of queries and keys, before they are rotated: of each head, or of all heads as one."""
+    scale_attention: bool = True
+    """Divide scores by √head_dim (Vaswani et al. 2017, §3.2.1)."""
     tie_embeddings: bool = False
     """One matrix for every embedding and the output projection (Press & Wolf 2017)."""
     scale_embeddings: bool = True
     """Multiply embeddings by √d_model (Vaswani et al. 2017, §3.4)."""
+    embedding_norm: bool = False
+    """A norm of embeddings with their positions (Lewis et al. 2020)."""
+    scale_output: bool = False
+    """Divide what is projected to the vocabulary by √d_model (Raffel et al. 2020)."""
     attention_dropout: Rate | None = None
     """Dropout on attention weights; None: the model's `dropout`, and 0 in the `DecoderLLM`, as in the document."""
     activation_dropout: Rate | None = None
@@ -157,6 +219,23 @@ class BlockOptions(Checked):
     embedding_dropout: Rate | None = None
     """Dropout on embeddings; None: the model's `dropout`, and 0 in the `DecoderLLM`, as in the document."""
     experts: ExpertOptions | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        relative, where = self.positions == "relative", 'positions are "relative"'
+        self._left_out_unless(
+            ("rope_scaling", self.positions == "rotary", 'positions are "rotary"'),
+            ("relative_buckets", relative, where),
+            ("relative_distance", relative, where),
+        )
+        rule = f"above half of relative_buckets ({self.relative_buckets})"
+        _require(self.relative_distance > self.relative_buckets // 2, "relative_distance", rule, self.relative_distance)
+        rule = "left out with relative positions, which are of each head"
+        _require(not relative or self.num_kv_heads is None, "num_kv_heads", rule, self.num_kv_heads)
+
+    def check_for_pairs(self, path: str = "") -> None:
+        """Raise ConfigError for what an encoder–decoder does not have."""
+        _require(self.window is None, f"{path}window", "None where there is an encoder", self.window)
 
     def with_dropout(self, *, attention: float, embedding: float) -> "BlockOptions":
         """These options with the rates that are None filled in."""
@@ -186,8 +265,16 @@ class ModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = f"divisible by num_heads ({self.num_heads})"
-        _require(self.d_model % self.num_heads == 0, "d_model", rule, self.d_model)
+        given, rotary = self.options.head_dim is not None, self.options.positions == "rotary"
+        rule = f"divisible by num_heads ({self.num_heads}) unless there is a head_dim"
+        _require(given or self.d_model % self.num_heads == 0, "d_model", rule, self.d_model)
+        even = not rotary or (self.options.head_dim or self.d_model // self.num_heads) % 2 == 0
+        rule = "even with rotary positions"
+        _require(not given or even, "options.head_dim", rule, self.options.head_dim)
+        rule = f"an even multiple of num_heads ({self.num_heads}) with rotary positions"
+        _require(given or even, "d_model", rule, self.d_model)
+        if self.kind == "encoder_decoder":
+            self.options.check_for_pairs("options.")
         kv_heads = self.options.num_kv_heads or self.num_heads
         rule = f"a divisor of num_heads ({self.num_heads})"
         _require(self.num_heads % kv_heads == 0, "options.num_kv_heads", rule, kv_heads)
@@ -199,9 +286,6 @@ class ModelConfig(Checked):
             _require(not lost, "options.experts.side", rule, experts.side)
             rule = f"at most num_layers ({self.num_layers})"
             _require(experts.every <= self.num_layers, "options.experts.every", rule, experts.every)
-        rotary, head_dim = self.options.positions == "rotary", self.d_model // self.num_heads
-        rule = f"an even multiple of num_heads ({self.num_heads}) with rotary positions"
-        _require(not rotary or head_dim % 2 == 0, "d_model", rule, self.d_model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,15 +35,26 @@ class Place(NamedTuple):
     """Keys that are read of each row, those of this step included."""
     at: Int[Tensor, " tokens_and_heads"]
     """Where the step's keys and values are written."""
-    bias: Float[Tensor, "#rows 1 new length"]
-    """What hides the keys past each token: they weigh exactly nothing."""
+    bias: Float[Tensor, "#rows #heads new length"]
+    """What hides the keys that a token may not attend to: they weigh exactly nothing."""
+    keys: Int[Tensor, "#rows length"]
+    """Where the keys that are read stand in their texts; left empty where no relative positions ask for it."""
 
 
 class Held:
     """Keys and values [2, layers, rows, kv_heads, capacity, width]; there is always room for more."""
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, most: int, queries: int = 1) -> None:
-        self.most, self.queries = round_up(most, LENGTH), queries
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        most: int,
+        queries: int = 1,
+        window: int | None = None,
+    ) -> None:
+        self.most, self.queries, self.window = round_up(most, LENGTH), queries, window
         self.hold(torch.zeros(2, layers, rows, kv_heads, LENGTH, max(head_dim, WIDTH)))
 
     def hold(self, both: Float[Tensor, "2 layers rows kv_heads capacity width"]) -> None:
@@ -69,8 +80,11 @@ class Held:
     def place(self, positions: Int[Tensor, "rows new"]) -> Place:
         """Where a step's tokens stand, each row's behind one another, after room has been made for them."""
         length = self.length_for(int(positions.max()))
-        bias = (torch.arange(length) > positions[..., None]) * FORBIDDEN
-        return Place(positions, length, self.at(positions), bias[:, None])
+        keys, queries = torch.arange(length), positions[..., None]
+        hidden = keys > queries
+        if self.window is not None:
+            hidden |= keys <= queries - self.window
+        return Place(positions, length, self.at(positions), (hidden * FORBIDDEN)[:, None], keys[None])
 
     def length_for(self, last: int) -> int:
         """How many keys to read where the last is the one in this place; there is room for them afterwards."""

@@ -7,6 +7,7 @@ end weigh exactly nothing and are so many that no sum is taken in another order.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, assert_never
 
 import torch
@@ -54,23 +55,24 @@ class Whole(NamedTuple):
 
     texts: int
     length: int
-    bias: Float[Tensor, "#texts 1 #length length"]
+    bias: Float[Tensor, "#texts #heads #length length"]
 
     @property
     def real(self) -> Bool[Tensor, "texts length"]:
-        """Which rows are no padding."""
-        return (self.bias[:, 0, -1] == 0).expand(self.texts, self.length)
+        """Which rows are no padding: those that may attend to themselves."""
+        own = self.bias[:, 0].expand(self.texts, self.length, self.length).diagonal(dim1=1, dim2=2)
+        return own > FORBIDDEN / 2
 
 
 def attend(
     query: Float[Tensor, "rows_and_heads queries width"],
     keys: Float[Tensor, "rows_and_heads length width"],
     values: Float[Tensor, "rows_and_heads length width"],
-    bias: Float[Tensor, "#rows 1 #queries length"],
+    bias: Float[Tensor, "#rows #heads #queries length"],
 ) -> Float[Tensor, "rows_and_heads queries width"]:
     """softmax(Q Kᵀ + bias) V, queries scaled already."""
     scores = torch.bmm(query, keys.mT)
-    scores.view(-1, len(query) // len(bias) if len(bias) > 1 else 1, *scores.shape[1:]).add_(bias)
+    scores.view(-1, len(query) // len(bias) if len(bias) > 1 else bias.size(1), *scores.shape[1:]).add_(bias)
     return torch.bmm(scores.softmax(-1), values)
 
 
@@ -95,6 +97,24 @@ def turned(heads: Float[Tensor, "rows heads head_dim"], turn: Turn) -> Float[Ten
     return torch.addcmul(heads * turn[0], torch.cat([second, first], dim=-1), turn[1])
 
 
+def scale_of(attention: MultiHeadAttention) -> float:
+    """What scores are multiplied by."""
+    return attention.head_dim**-0.5 if attention.scale else 1.0
+
+
+def norms_of(attention: MultiHeadAttention) -> list[Callable[[Tensor], Tensor]] | None:
+    """What norms do to heads of queries, which are scaled besides, and of keys [*, heads, head_dim]."""
+    norms: list[Callable[[Tensor], Tensor]] = []
+    for norm, scale in ((attention.query_norm, scale_of(attention)), (attention.key_norm, 1.0)):
+        if norm is None:
+            return None
+        weight = norm.weight.detach() * scale
+        shape = [attention.head_dim] if len(weight) == attention.head_dim else [-1, attention.head_dim]
+        weight = weight.view(shape)
+        norms.append(partial(F.rms_norm, normalized_shape=list(weight.shape), weight=weight, eps=norm.eps))
+    return norms
+
+
 def turn_table(rotary: RotaryPositions) -> Turn:
     """What turns a head at each position."""
     sign = torch.ones(rotary.sin.size(1))
@@ -107,13 +127,21 @@ class PreparedAttention:
 
     def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
         self.heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        parts = [attention.query, attention.key, attention.value]
-        self.inner = packer.beside(parts, scale=self.head_dim**-0.5)
+        parts, self.norms = [attention.query, attention.key, attention.value], norms_of(attention)
+        self.inner = packer.beside(parts, scale=scale_of(attention) if self.norms is None else 1.0)
         self.outer = packer.beside([attention.output])
+
+    def normalised(self, heads: Tensor) -> Tensor:
+        """The heads of queries and keys after their norms, those of values as they are."""
+        assert self.norms is not None
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        return torch.cat([self.norms[0](query), self.norms[1](key), value], 1)
 
     def project(self, x: Hidden, rows: int, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [rows, heads, width] of the first rows."""
         heads = at_most(self.inner(x), rows).view(rows, -1, self.head_dim)
+        if self.norms is not None:
+            heads = self.normalised(heads)
         if turn is None:
             query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         else:
@@ -160,14 +188,16 @@ class PreparedMemory:
     """Attention over a memory whose keys and values are the same for all hypotheses of a sentence."""
 
     def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
-        self.kv_heads, self.head_dim = attention.num_kv_heads, attention.head_dim
+        self.kv_heads, self.head_dim, self.norms = attention.num_kv_heads, attention.head_dim, norms_of(attention)
         self.both = packer.beside([attention.key, attention.value])
-        self.query = packer.beside([attention.query], scale=self.head_dim**-0.5)
+        self.query = packer.beside([attention.query], scale=scale_of(attention) if self.norms is None else 1.0)
         self.outer = packer.beside([attention.output])
 
     def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length width"]:
         """The keys and values of sentences of one length."""
         both = self.both(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
+        if self.norms is not None:
+            both[:, :, 0] = self.norms[1](both[:, :, 0])
         return fill_up(both.permute(2, 0, 3, 1, 4))
 
     def step(self, x: Hidden, memory: Memory, layer: int) -> Hidden:
@@ -175,7 +205,10 @@ class PreparedMemory:
         keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
         sentences, hypotheses = memory.keys.size(1), memory.hypotheses
         rows = sentences * hypotheses
-        query = fill_up(at_most(self.query(x), rows).view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
+        query = at_most(self.query(x), rows).view(rows, -1, self.head_dim)
+        if self.norms is not None:
+            query = self.norms[0](query)
+        query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
         query = query.transpose(1, 2).reshape(sentences * self.kv_heads, -1, query.size(-1))
         mixed = attend(query, keys, values, memory.bias)
         mixed = mixed if mixed.size(2) == self.head_dim else mixed[..., : self.head_dim]
@@ -190,9 +223,15 @@ def activate_apart(x: Float[Tensor, "rows inner"], activation: Activation) -> Fl
             return F.relu(x)
         case "gelu":
             return in_whole_vectors(filled_up(x), torch.ops.aten.gelu_)[:, : x.size(1)]
-        case "swiglu":
+        case "gelu_tanh":
+            gelu_tanh = partial(torch.ops.aten.gelu_, approximate="tanh")
+            return in_whole_vectors(filled_up(x), gelu_tanh)[:, : x.size(1)]
+        case "silu":
+            return in_whole_vectors(filled_up(x), torch.ops.aten.silu_)[:, : x.size(1)]
+        case "swiglu" | "geglu_tanh":
             gate, up = x.chunk(2, dim=-1)
-            return in_whole_vectors(filled_up(gate).contiguous(), torch.ops.aten.silu_)[:, : up.size(1)] * up
+            of_gate: Activation = "silu" if activation == "swiglu" else "gelu_tanh"
+            return activate_apart(filled_up(gate).contiguous(), of_gate)[:, : up.size(1)] * up
         case _:
             assert_never(activation)
 
@@ -346,7 +385,8 @@ class PreparedStack:
     def __init__(self, stack: Stack, packer: Packer) -> None:
         self.stack, self.embedding, self.packer = stack, stack.embedding, packer
         self.blocks = [PreparedBlock(layer, packer) for layer in stack.layers]  # type: ignore[arg-type]  # a ModuleList tells of no kind
-        self.final_norm = norm_of(stack.final_norm)
+        self.embedding_norm, self.final_norm = norm_of(stack.embedding.norm), norm_of(stack.final_norm)
+        self.relative = stack.relative
         self.turns = None if stack.embedding.rotary is None else turn_table(stack.embedding.rotary)
 
     def embed(self, tokens: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> tuple[Hidden, Turn | None]:
@@ -357,6 +397,7 @@ class PreparedStack:
                 x += added.table.index_select(0, positions)
             case LearnedPositions() as added:
                 x += added.embedding.weight.index_select(0, positions)
+        x = self.embedding_norm(x)
         if self.turns is None:
             return x, None
         return x, (self.turns[0].index_select(0, positions), self.turns[1].index_select(0, positions))
@@ -371,19 +412,29 @@ class PreparedStack:
         """What stands before the projection once each row has read its next tokens, at their places."""
         x, turn = self.embed(tokens.flatten(), place.positions.flatten().clamp(max=self.stack.max_seq_length - 1))
         x = at_least(x, self.packer.least_rows)
+        if self.relative is not None:
+            place = place._replace(bias=place.bias + self.relative(place.positions, place.keys))
         for number, block in enumerate(self.blocks):
             x = block.step(x, held, number, place, turn, memory)
-        return self.final_norm(at_most(x, tokens.numel()))
+        return self.finish(at_most(x, tokens.numel()))
 
     def whole(self, tokens: Int[Tensor, "texts length"], bias: Tensor, held: Tensor | None = None) -> Hidden:
         """Read whole texts; their keys and values go to `held` [2, layers, texts, kv_heads, length, width]."""
         texts, length = tokens.shape
         last = self.stack.max_seq_length - 1  # a text is filled up beyond what the model reads
-        x, turn = self.embed(tokens.flatten(), torch.arange(length).clamp(max=last).repeat(texts))
+        places = torch.arange(length)
+        x, turn = self.embed(tokens.flatten(), places.clamp(max=last).repeat(texts))
+        if self.relative is not None:
+            bias = bias + self.relative(places[None], places[None])
         whole = Whole(texts, length, bias)
         for number, block in enumerate(self.blocks):
             x = block.whole(x, whole, turn, None if held is None else held[:, number])
-        return self.final_norm(x)
+        return self.finish(x)
+
+    def finish(self, x: Hidden) -> Hidden:
+        """What stands before the projection, of what the last block gives."""
+        x, scale = self.final_norm(x), self.stack.output_scale
+        return x if scale is None else x * scale
 
 
 class Prepared:
@@ -420,7 +471,8 @@ class Prepared:
         require(most <= stack.max_seq_length, "length", f"at most {stack.length_name} ({stack.max_seq_length})", most)
         groups = self.decoder.blocks[0].self_attention.heads // stack.num_kv_heads
         queries = QUERIES if beam is None else beam * groups
-        return Held(len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries)
+        sizes = len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries
+        return Held(*sizes, stack.options.window)
 
     def encode(
         self, sources: Sequence[Sequence[int]], length: int

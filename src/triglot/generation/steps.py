@@ -17,6 +17,7 @@ from triglot.errors import DeadEndError
 from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows
 from triglot.generation.prepared import Memory, Prepared
 from triglot.layers.attend import FORBIDDEN
+from triglot.layers.masks import create_look_ahead_mask
 from triglot.layers.vectors import round_up
 
 ROWS = 1024
@@ -44,6 +45,8 @@ class SentenceSteps:
         self.memory, self.bias = encode(prepared, sources)
         self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
         """Which places of its row belong to a hypothesis."""
+        self.written = torch.zeros(self.held.rows, 0, dtype=torch.long)
+        """Where in its hypothesis each place's token stands; nothing where no relative positions ask for it."""
 
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Float[Tensor, "rows filled_up_vocab"]]:
@@ -63,14 +66,17 @@ class SentenceSteps:
         length = self.held.length_for(int(own.any(1).any(0).nonzero()[-1]))
         self.own = F.pad(own, (0, length - own.size(2)))
         bias = torch.where(self.own[:, None, :new], 0.0, FORBIDDEN)
-        return Place(torch.full_like(places, self.count), length, self.held.at(places), bias)
+        if self.prepared.decoder.relative is not None:
+            written = F.pad(self.written, (0, length - self.written.size(1)))
+            self.written = written.scatter_(1, places, self.count)
+        return Place(torch.full_like(places, self.count), length, self.held.at(places), bias, self.written)
 
     @torch.inference_mode()
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Have hypotheses go on from these, `beam` of each sentence that does, in this order."""
         chosen = rows.view(-1, self.beam)
         kept = chosen[:, 0] // self.width
-        self.own = self.own[kept[:, None], chosen % self.width]
+        self.own, self.written = self.own[kept[:, None], chosen % self.width], self.written[kept]
         if len(kept) < self.held.rows or not kept.equal(torch.arange(len(kept))):
             self.held.keep(kept)
             self.memory, self.bias = keep_rows(self.memory, 2, kept), keep_rows(self.bias, 0, kept)
@@ -185,8 +191,9 @@ def start_texts(
         for place, row in enumerate(rows.tolist()):
             ids[place, : len(prompts[row])] = torch.tensor(prompts[row])
         both = held.both.new_zeros(2, held.both.size(1), len(rows), held.both.size(3), length, held.both.size(5))
-        look_ahead = torch.full((length, length), FORBIDDEN).triu(1)[None, None]
-        hidden = prepared.decoder.whole(ids, look_ahead, both).view(len(rows), length, -1)
+        look_ahead = create_look_ahead_mask(length, window=prepared.decoder.stack.options.window)
+        bias = torch.where(look_ahead, 0.0, FORBIDDEN)[None, None]
+        hidden = prepared.decoder.whole(ids, bias, both).view(len(rows), length, -1)
         held.both[:, :, rows, :, :length] = both
         last[rows] = hidden[torch.arange(len(rows)), torch.tensor([len(prompts[row]) - 1 for row in rows.tolist()])]
     return prepared.logits(last), TextSteps(prepared, held, [len(ids) for ids in prompts])

@@ -75,6 +75,7 @@ def about_text(model: DecoderLLM, tokenizer: Tokenizer, text: str, ids: list[int
     probabilities = model.head(run.hidden)[0].float().softmax(-1)
     pieces = tokenizer.pieces(ids)
     look_ahead = "a token may attend to itself and to those before it, never to a later one."
+    mask = create_look_ahead_mask(len(ids), window=model.options.window)
     blocks = [f"Layer {number + 1}" for number, layer in enumerate(model.layers) if _has_experts(layer)]
     experts = describe_experts("Experts", pieces, blocks, run.routing)
     first: Page = {"piece": pieces[0], "p": None, "loss": None, "top": []}
@@ -82,7 +83,7 @@ def about_text(model: DecoderLLM, tokenizer: Tokenizer, text: str, ids: list[int
         "lead": "How a decoder-only language model reads a text and what it expects next.",
         "facts": [["Text", text], *_total(probabilities[:-1], ids[1:])],
         "maps": [
-            _mask("Look-ahead mask", look_ahead, pieces, pieces, create_look_ahead_mask(len(ids))),
+            _mask("Look-ahead mask", look_ahead, pieces, pieces, mask),
             _attention(
                 "Self-attention", "Each row is a token and shows what it reads.", pieces, pieces, run.self_weights, 0
             ),

@@ -32,7 +32,14 @@ from triglot.models.factory import count_active_parameters, count_parameters
 Model = Transformer | DecoderLLM
 PIPED = 160
 """Columns where no terminal says how many it has."""
-WIDTHS = {"key": "kv_width", "value": "kv_width", "inner": "d_ff", "lm_head": "vocab", "final_layer": "vocab"}
+WIDTHS = {
+    "query": "width",
+    "key": "kv_width",
+    "value": "kv_width",
+    "inner": "d_ff",
+    "lm_head": "vocab",
+    "final_layer": "vocab",
+}
 """What the last axis of a plain linear layer is called where that is not d_model."""
 
 
@@ -138,7 +145,8 @@ def recording(model: nn.Module) -> Iterator[Part]:
     with ExitStack() as undo:
         for path, module in model.named_modules():
             above, _, name = path.rpartition(".")
-            if isinstance(module, nn.Dropout | nn.Identity) or name == "norm":  # a norm is told with its residual
+            inner = name in ("norm", "query_norm", "key_norm", "table")  # told with what it is a part of
+            if inner or isinstance(module, nn.Dropout | nn.Identity):
                 continue
             part = Part(name or "model", _kind_of(module), count_parameters(module), count_active_parameters(module))
             parts[path] = part
@@ -218,7 +226,7 @@ def axes_of(module: nn.Module, method: str) -> str:
         hint = get_args(hint)[0]
     elif hasattr(hint, "_fields"):
         hint = get_type_hints(hint)[hint._fields[0]]
-    return str(hint.dim_str)
+    return str(hint.dim_str).replace("#", "")
 
 
 def shape(what: str, tensor: Tensor, names: str, path: str) -> Shape:

@@ -61,10 +61,12 @@ class Cache:
         """Where each row's next tokens will stand."""
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
 
-    def mask(self, num_new: int) -> Bool[Tensor, "rows 1 new length"]:
-        """Which cached positions each new token may attend to: all up to itself."""
+    def mask(self, num_new: int, window: int | None = None) -> Bool[Tensor, "rows 1 new length"]:
+        """Which cached positions each new token may attend to: all up to itself, or the last `window` of these."""
         key = torch.arange(self.longest + num_new, device=self.lengths.device)
-        return (key <= self.positions(num_new)[:, :, None])[:, None]
+        query = self.positions(num_new)[:, :, None]
+        mask = key <= query
+        return (mask if window is None else mask & (key > query - window))[:, None]
 
     def write(self, layer: int, keys: Heads, values: Heads) -> tuple[Held, Held]:
         num_new, end = keys.size(2), self.longest + keys.size(2)

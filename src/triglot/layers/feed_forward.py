@@ -1,6 +1,7 @@
 """The position-wise feed-forward layer (Vaswani et al. 2017, §3.3; gated: Shazeer 2020)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from triglot.layers.dropout import Dropout
 from triglot.layers.linear import Linear, project
 
-Activation = Literal["relu", "gelu", "swiglu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu_tanh"]
 
 
 Parts = Sequence[Float[Tensor, "*lead d_ff"]]
@@ -21,14 +22,19 @@ ATEN = torch.ops.aten
 PLAIN: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
     "relu": (F.relu, lambda grad, x, into: ATEN.threshold_backward.grad_input(grad, x, 0, grad_input=into)),
     "gelu": (F.gelu, lambda grad, x, into: ATEN.gelu_backward.grad_input(grad, x, grad_input=into)),
-    "swiglu": (F.silu, lambda grad, x, into: ATEN.silu_backward.grad_input(grad, x, grad_input=into)),
+    "gelu_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        lambda grad, x, into: ATEN.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=into),
+    ),
+    "silu": (F.silu, lambda grad, x, into: ATEN.silu_backward.grad_input(grad, x, grad_input=into)),
 }
+PLAIN |= {"swiglu": PLAIN["silu"], "geglu_tanh": PLAIN["gelu_tanh"]}
 """What becomes of the first part, and how its gradient comes from the gradient of that."""
 
 
 def is_gated(activation: Activation) -> bool:
     """Whether the first projection is twice as wide, one half opening or closing the other."""
-    return activation == "swiglu"
+    return activation in ("swiglu", "geglu_tanh")
 
 
 def parts_of(x: Float[Tensor, "*lead inner"], activation: Activation) -> Parts:
@@ -37,7 +43,7 @@ def parts_of(x: Float[Tensor, "*lead inner"], activation: Activation) -> Parts:
 
 
 def activate(x: Float[Tensor, "*lead inner"], activation: Activation) -> Float[Tensor, "*lead d_ff"]:
-    """relu(x), gelu(x), or silu(x₁)·x₂ with x₁ and x₂ the halves of x."""
+    """relu(x), gelu(x) by erf or tanh, silu(x), or silu(x₁)·x₂ or gelu(x₁)·x₂ with x₁ and x₂ the halves of x."""
     first, *second = parts_of(x, activation)
     opened = PLAIN[activation][0](first)
     return opened * second[0] if second else opened

@@ -27,10 +27,11 @@ def create_padding_mask(
 
 
 def create_look_ahead_mask(
-    seq_length: int, *, device: torch.device | str | None = None
+    seq_length: int, *, window: int | None = None, device: torch.device | str | None = None
 ) -> Bool[Tensor, "length length"]:
-    """True on and below the diagonal: position i may attend to positions 0 … i."""
-    return torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).tril()
+    """True on and below the diagonal: position i may attend to positions 0 … i, or to the last `window` of them."""
+    mask = torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
 
 
 def create_masks(
@@ -46,10 +47,13 @@ def create_masks(
     return Masks(src_mask, create_padding_mask(tgt, pad_id, device=device) & look_ahead, src_mask)
 
 
-def create_document_mask(segments: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:
+def create_document_mask(
+    segments: Int[Tensor, "batch length"], *, window: int | None = None
+) -> Bool[Tensor, "batch 1 length length"]:
     """Look-ahead within each document of a packed row; segment 0 is padding and attended to by none."""
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same & (segments != 0)[:, None, None] & create_look_ahead_mask(segments.size(1), device=segments.device)
+    look_ahead = create_look_ahead_mask(segments.size(1), window=window, device=segments.device)
+    return same & (segments != 0)[:, None, None] & look_ahead
 
 
 def real_tokens(mask: Mask | None, batch: int, length: int) -> Bool[Tensor, "batch length"] | None:

@@ -111,7 +111,7 @@ class DecoderLLM(Stack):
         """
         given = [part for part in (mask, segments, cache) if part is not None]
         require(len(given) <= 1, "mask, segments or cache", "given alone", f"{len(given)} of them")
-        attend, real = self._may_attend(input_ids.size(1), mask, segments, cache), mask
+        attend, real = self._may_attend(input_ids, mask, segments, cache), mask
         if segments is not None:
             real = segments != 0
         return self.run_layers(
@@ -120,20 +120,26 @@ class DecoderLLM(Stack):
 
     def _may_attend(
         self,
-        length: int,
+        input_ids: Tokens,
         mask: Bool[Tensor, "batch length"] | None,
         segments: Int[Tensor, "batch length"] | None,
         cache: Cache | None,
-    ) -> Bool[Tensor, "batch 1 length keys"] | None:
+    ) -> Bool[Tensor, "#batch 1 length keys"] | None:
         """The attention mask, or None where plain look-ahead is all there is."""
+        length, window = input_ids.size(1), self.options.window
+        if window is not None and window >= length + (0 if cache is None else cache.longest):
+            window = None
         if cache is not None:
-            return cache.mask(length) if cache.longest else None
+            return cache.mask(length, window) if cache.longest or window else None
         if segments is not None:
-            return create_document_mask(segments)
-        if mask is not None:
-            check_real(mask)
-            return mask[:, None, None] & self.create_causal_mask(length, device=mask.device)
-        return None
+            return create_document_mask(segments, window=window)
+        if mask is None and window is None:
+            return None
+        look_ahead = create_look_ahead_mask(length, window=window, device=input_ids.device)[None, None]
+        if mask is None:
+            return look_ahead
+        check_real(mask)
+        return mask[:, None, None] & look_ahead
 
     def head(self, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocab"]:
         """Logits over the vocabulary."""

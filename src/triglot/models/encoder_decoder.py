@@ -121,6 +121,7 @@ class Transformer(nn.Module):
         options: BlockOptions = BlockOptions(),
     ) -> None:
         super().__init__()
+        options.check_for_pairs()
         self.options, self.max_seq_length = options, max_seq_length
         shape = (d_model, num_layers, num_heads, d_ff, max_seq_length, dropout)
         self.encoder = Encoder(src_vocab_size, *shape, options=options)

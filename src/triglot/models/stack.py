@@ -1,7 +1,9 @@
 """What the models' halves have in common: an embedding, layers, and a norm after the last of them."""
 
+import dataclasses
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from triglot.errors import require
 from triglot.layers.cache import Cache
 from triglot.layers.embedding import Embedding
 from triglot.layers.norm import make_norm
+from triglot.layers.positions import RelativePositions
 from triglot.layers.routing import Routing
 
 Tokens = Int[Tensor, "batch length"]
@@ -52,7 +55,7 @@ class Stack(nn.Module):
         super().__init__()
         require(num_layers >= 1, "the number of layers", "at least 1", num_layers)
         self.options, self.d_model, self.max_seq_length = options, d_model, max_seq_length
-        self.num_kv_heads, self.head_dim = options.num_kv_heads or num_heads, d_model // num_heads
+        self.num_kv_heads, self.head_dim = options.num_kv_heads or num_heads, options.head_dim or d_model // num_heads
         self.embedding = Embedding(
             vocab_size,
             d_model,
@@ -61,15 +64,23 @@ class Stack(nn.Module):
             positions=options.positions,
             head_dim=self.head_dim,
             rope_theta=options.rope_theta,
+            rope_scaling=None if options.rope_scaling is None else dataclasses.asdict(options.rope_scaling),
             scale=options.scale_embeddings,
+            norm=options.norm if options.embedding_norm else None,
+            norm_eps=options.norm_eps,
         )
         side: Literal["encoder", "decoder"] = "encoder" if self.layer_type is EncoderLayer else "decoder"
+        self.relative: RelativePositions | None = None
+        if options.positions == "relative":
+            buckets, farthest = options.relative_buckets, options.relative_distance
+            self.relative = RelativePositions(buckets, farthest, num_heads, both_ways=side == "encoder")
         self.layers = nn.ModuleList(
             self.layer_type(d_model, num_heads, d_ff, dropout=dropout, options=options_of_layer(options, layer, side))
             for layer in range(num_layers)
         )
         final = options.norm_order == "pre" if options.final_norm is None else options.final_norm
         self.final_norm = make_norm(options.norm, d_model, options.norm_eps) if final else nn.Identity()
+        self.output_scale = d_model**-0.5 if options.scale_output and side == "decoder" else None
 
     def run_layers(
         self,
@@ -86,7 +97,12 @@ class Stack(nn.Module):
         """With a `cache` the tokens come after those it holds, and the caller advances it."""
         end = tokens.size(1) + (0 if cache is None else cache.longest)
         require(end <= self.max_seq_length, "length", f"at most {self.length_name} ({self.max_seq_length})", end)
-        x, rotation = self.embedding(tokens, None if cache is None else cache.positions(tokens.size(1)))
+        positions = None if cache is None else cache.positions(tokens.size(1))
+        x, rotation = self.embedding(tokens, positions)
+        position_bias = None
+        if self.relative is not None:
+            keys = torch.arange(end, device=tokens.device)[None]
+            position_bias = self.relative(keys if positions is None else positions, keys)
         outputs: list[BlockOutput] = []
         for number, layer in enumerate(self.layers):
             output = layer.run(  # type: ignore[operator]  # a ModuleList tells of no kind
@@ -97,14 +113,16 @@ class Stack(nn.Module):
                 causal=causal,
                 real=real,
                 rotation=rotation,
+                position_bias=position_bias,
                 cache=None if cache is None else cache.layers[number],
                 memory_cache=None if cache is None else cache.memory[number],
                 need_weights=need_weights,
             )
             outputs.append(output)
             x = output.x
+        hidden = self.final_norm(x)
         return StackRun(
-            self.final_norm(x),
+            hidden if self.output_scale is None else hidden * self.output_scale,
             [output.self_weights for output in outputs if output.self_weights is not None] if need_weights else None,
             [output.cross_weights for output in outputs if output.cross_weights is not None] if need_weights else None,
             [output.routing for output in outputs if output.routing is not None],
