@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.measure import Row, Side, Work
 from triglot.allocator import keep_freed_memory
-from triglot.generation.prepared import PreparedExperts, at_least
+from triglot.generation.attention import at_least
+from triglot.generation.prepared import PreparedExperts
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.packed import Packer

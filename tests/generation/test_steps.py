@@ -1,8 +1,10 @@
 """A prepared decoder computes what its model computes, and gives each row the same bits in any company."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ PRECISIONS = ["fp32", "bf16", "int8", "int4"]
 
 def make_translator(options) -> Transformer:
     torch.manual_seed(0)
+    options = replace(options, window=None)  # which language models alone have
     model = Transformer(VOCAB, VOCAB, 24, 3, 4, 40, LONGEST, 0.1, options=options)
     return model.eval()
 
@@ -69,8 +72,9 @@ def test_hypotheses_go_on_from_the_parents_that_they_are_given(options):
 
 
 @torch.no_grad()
-def test_text_steps_are_the_models(options):
-    model, prompts = make_language_model(options), texts(3, 5)
+@pytest.mark.parametrize("window", [None, 11])
+def test_text_steps_are_the_models(options, window):
+    model, prompts = make_language_model(replace(options, window=window)), texts(3, 5)
     lengths = torch.tensor([len(ids) for ids in prompts])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
     expected, plain = model.start(padded, lengths, 50)
@@ -84,6 +88,16 @@ def test_text_steps_are_the_models(options):
             steps.select(kept)
             tokens = tokens[kept]
         expected, found = plain.step(tokens), steps.step(tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 11])
+def test_tokens_that_are_read_together_have_the_logits_of_those_read_one_by_one(options, window):
+    prepared, prompts = Prepared(make_language_model(replace(options, window=window))), texts(3, 5)
+    (_, together), (_, apart) = (start_texts(prepared, prompts, 90) for _ in range(2))
+    tokens = torch.randint(3, VOCAB, (5, 7), generator=torch.Generator().manual_seed(2))
+    one_by_one = torch.stack([apart.step(of_all) for of_all in tokens.T], 1)
+    torch.testing.assert_close(together.extend(tokens), one_by_one, rtol=1e-4, atol=2e-5)
 
 
 def test_what_is_no_token_and_what_is_banned_never_comes(options):
@@ -100,7 +114,21 @@ CONFIGS = {
     "pre-rms-rotary": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "bias": False},
     "post-learned-grouped": {"positions": "learned", "num_kv_heads": 2},
     "experts": {"activation": "gelu", "experts": {"num_experts": 5, "d_ff": 11, "router": "sigmoid", "shared": 1}},
-}
+    "t5": {
+        "norm_order": "pre", "norm": "rms", "positions": "relative", "relative_buckets": 12, "relative_distance": 20,
+        "activation": "geglu_tanh", "bias": False, "head_dim": 7, "scale_attention": False, "scale_output": True,
+    },
+    "qwen3-window": {
+        "norm_order": "pre", "norm": "rms", "positions": "rotary", "activation": "swiglu", "num_kv_heads": 2,
+        "bias": False, "qkv_bias": True, "head_dim": 8, "qk_norm": "head", "window": 11,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position": 31},
+        "experts": {"num_experts": 5, "d_ff": 11},
+    },
+    "norms-of-width": {
+        "norm_order": "pre", "positions": "rotary", "qk_norm": "width", "activation": "silu", "window": 40
+    },
+    "bart": {"positions": "learned", "embedding_norm": True, "activation": "gelu_tanh", "qk_norm": "head"},
+}  # fmt: skip
 
 
 @cache

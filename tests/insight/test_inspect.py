@@ -90,7 +90,8 @@ def test_axes_have_the_sizes_that_their_names_have_in_the_config():
     tree = look(model, BATCH, LENGTH).tree
     sizes = {
         "batch": BATCH, "source": LENGTH, "target": LENGTH + 1, "d_model": D_MODEL, "heads": HEADS, "kv_heads": 2,
-        "head_dim": D_MODEL // HEADS, "d_ff": 2 * D_FF, "width": D_MODEL, "kv_width": 2 * D_MODEL // HEADS, "vocab": VOCAB,
+        "head_dim": D_MODEL // HEADS, "d_ff": 2 * D_FF, "width": D_MODEL, "kv_width": 2 * D_MODEL // HEADS,
+        "vocab": VOCAB,
     }  # fmt: skip
     seen, parts = set(), [tree]
     while parts:

@@ -73,6 +73,69 @@ def test_equals_torch_with_the_same_weights(num_heads, num_kv_heads, bias, need_
         assert result.weights is None
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_bias_is_added_to_scores_gradients_included(need_weights, pays, causal, mask, inputs, monkeypatch):
+    monkeypatch.setattr("triglot.layers.attention.fused_kernel_pays", lambda query, key: pays)
+    layer = MultiHeadAttention(D_MODEL, HEADS).eval()
+    theirs = copied_from(layer)
+    query, memory = (inputs[1], inputs[1]) if causal else inputs
+    bias = torch.randn(1, HEADS, query.size(1), KEYS, requires_grad=True)
+    mask[0, :, 2, 4] = True
+    allowed = torch.ones(KEYS, KEYS, dtype=torch.bool).tril() if causal else mask
+    added = bias.masked_fill(~allowed, -math.inf).expand(BATCH, -1, -1, -1).flatten(0, 1)
+    expected = theirs(query, memory, memory, attn_mask=added)[0]
+    masking = {"causal": True} if causal else {"mask": mask}
+    found = layer(query, memory, memory, **masking, bias=bias, need_weights=need_weights).output
+    torch.testing.assert_close(found, expected, **BLOCK)
+    gradients = [torch.autograd.grad(out.square().sum(), [bias], retain_graph=True)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_query_that_has_nothing_to_attend_to_gets_zeros_whatever_the_bias(pays, inputs, monkeypatch):
+    monkeypatch.setattr("triglot.layers.attention.fused_kernel_pays", lambda query, key: pays)
+    query, memory = inputs
+    layer, bias = MultiHeadAttention(D_MODEL, HEADS, bias=False).eval(), torch.randn(1, HEADS, QUERIES, KEYS)
+    nothing = torch.zeros(QUERIES, KEYS, dtype=torch.bool)
+    assert not layer(query, memory, memory, nothing, bias=bias, need_weights=False).output.any()
+
+
+@pytest.mark.parametrize("head_dim", [5, 11, 20])
+def test_heads_can_be_of_any_width_and_scores_unscaled(head_dim, inputs):
+    query, memory = inputs
+    layer = MultiHeadAttention(D_MODEL, HEADS, num_kv_heads=1, head_dim=head_dim, scale=False, qkv_bias=False).eval()
+    assert layer.query.bias is layer.key.bias is layer.value.bias is None
+    assert layer.output.bias is not None
+    q, k, v = layer.query(query), layer.key(memory), layer.value(memory)
+    heads = [torch.softmax(part @ k.mT, -1) @ v for part in q.split(head_dim, -1)]
+    expected = layer.output(torch.cat(heads, -1))
+    for need_weights in (True, False):
+        found = layer(query, memory, memory, need_weights=need_weights).output
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["head", "width"])
+def test_queries_and_keys_are_normalised_before_they_are_rotated(kind, inputs):
+    x, head_dim = inputs[1], 8
+    layer = MultiHeadAttention(D_MODEL, 4, num_kv_heads=2, head_dim=head_dim, qk_norm=kind, norm_eps=0.1).eval()
+    plain = MultiHeadAttention(D_MODEL, 4, num_kv_heads=2, head_dim=head_dim).eval()
+    for norm in (layer.query_norm, layer.key_norm):
+        nn.init.normal_(norm.weight)
+    q, k = (
+        F.rms_norm(part.unflatten(-1, (-1, len(norm.weight))), norm.weight.shape, norm.weight, 0.1).flatten(-2)
+        for part, norm in ((layer.query(x), layer.query_norm), (layer.key(x), layer.key_norm))
+    )
+    assert len(layer.key_norm.weight) == (head_dim if kind == "head" else 2 * head_dim)
+    plain.load_state_dict({name: one for name, one in layer.state_dict().items() if "norm" not in name})
+    monkey = {"query": q, "key": k}
+    for name, value in monkey.items():
+        getattr(plain, name).forward = lambda _, value=value: value
+    rotation = RotaryPositions(head_dim, 100)(torch.arange(KEYS)[None])
+    torch.testing.assert_close(layer(x, x, x, rotation=rotation), plain(x, x, x, rotation=rotation), **BLOCK)
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 def test_gradients_of_the_fused_path_are_those_of_the_written_out_one(num_kv_heads, mask, inputs):
     layer = MultiHeadAttention(D_MODEL, HEADS, num_kv_heads=num_kv_heads).eval()

@@ -37,6 +37,8 @@ def test_any_sequence_of_appends_and_selects_leaves_each_row_with_its_own_past(l
                     seen = len(past[row]) - num_new + query + 1
                     assert positions[row, query] == seen - 1
                     assert mask[row, 0, query].nonzero().flatten().tolist() == list(range(seen))
+                    last = cache.mask(num_new, window=3)[row, 0, query].nonzero().flatten().tolist()
+                    assert last == list(range(seen))[-3:]
                     for part in range(2):
                         expected = torch.stack([token[layer, part] for token in past[row][:seen]], -2)
                         assert torch.equal(held[part][row, :, mask[row, 0, query]], expected)

@@ -1,6 +1,7 @@
 """However experts are computed, it is what the plain loop over them computes, gradients included."""
 
 import threading
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from hypothesis import strategies as st
 
 from triglot.layers import experts as experts_module
 from triglot.layers.experts import BACKENDS, Assigned, Weights, best, can_group, mix
+from triglot.layers.feed_forward import Activation, is_gated
 
 WIDTH, INNER, EXPERTS = 16, 24, 5
 others = pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"loop"}))
 every = pytest.mark.parametrize("backend", sorted(BACKENDS))
-activations = pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+activations = pytest.mark.parametrize("activation", get_args(Activation))
 
 
 def traced(test):
@@ -30,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05, to
 
 
 def stack_of(activation: str, bias: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Weights:
-    inner = 2 * INNER if activation == "swiglu" else INNER
+    inner = 2 * INNER if is_gated(activation) else INNER
     shapes = [(EXPERTS, inner, WIDTH), (EXPERTS, WIDTH, INNER), (EXPERTS, inner), (EXPERTS, WIDTH)]
     parts = [torch.randn(shape, dtype=dtype).div_(shape[-1] ** 0.5) for shape in shapes]
     leaves = [part.requires_grad_() for part in parts]

@@ -1,17 +1,25 @@
 """The feed-forward is its formula."""
 
+import math
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from triglot.layers.dropout import dropout
-from triglot.layers.feed_forward import PointwiseFeedForward, activate
+from triglot.layers.feed_forward import Activation, PointwiseFeedForward, activate
 
 BATCH, LENGTH, D_MODEL, D_FF = 2, 5, 11, 17
+activations = pytest.mark.parametrize("activation", get_args(Activation))
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return x / 2 * (1 + ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh())
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@activations
 def test_is_its_formula(activation, bias):
     layer = PointwiseFeedForward(D_MODEL, D_FF, activation=activation, bias=bias).eval()
     x = torch.randn(BATCH, LENGTH, D_MODEL)
@@ -21,9 +29,15 @@ def test_is_its_formula(activation, bias):
             hidden = torch.where(inner > 0, inner, 0)
         case "gelu":
             hidden = inner * torch.distributions.Normal(0, 1).cdf(inner)
+        case "gelu_tanh":
+            hidden = gelu_tanh(inner)
+        case "silu":
+            hidden = inner / (1 + (-inner).exp())
         case "swiglu":
             gate, up = inner[..., :D_FF], inner[..., D_FF:]
             hidden = gate / (1 + (-gate).exp()) * up
+        case "geglu_tanh":
+            hidden = gelu_tanh(inner[..., :D_FF]) * inner[..., D_FF:]
     expected = hidden @ layer.outer.weight.T + (layer.outer.bias if bias else 0)
     torch.testing.assert_close(layer(x), expected, atol=2e-6, rtol=0)
     assert (layer.inner.bias is None) == (layer.outer.bias is None) == (not bias)
@@ -40,7 +54,7 @@ def test_dropout_lies_between_the_two_projections_and_acts_in_training_only():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@activations
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64, torch.bfloat16])
 def test_gradients_are_those_of_the_formula_in_every_precision(activation, bias, precision):
     layer = PointwiseFeedForward(D_MODEL, D_FF, dropout=0.0, activation=activation, bias=bias)

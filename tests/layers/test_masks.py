@@ -32,6 +32,17 @@ def test_masks_say_true_where_a_query_may_attend(pairs, check_fields):
                 assert masks.tgt_mask[row, 0, query, key] == (tgt[row, key] != 0 and key <= query)
 
 
+@pytest.mark.parametrize("window", [1, 3, 7, 99])
+def test_a_window_leaves_the_last_of_what_may_be_attended_to(window):
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
+    mask, of_documents = create_look_ahead_mask(7, window=window), create_document_mask(segments, window=window)
+    for query in range(7):
+        for key in range(7):
+            assert mask[query, key] == (key <= query and query - key < window)
+            same = segments[0, query] == segments[0, key] != 0
+            assert of_documents[0, 0, query, key] == (mask[query, key] and same)
+
+
 def test_another_token_can_be_the_padding(pairs):
     src, tgt = pairs
     assert create_padding_mask(src, 3).equal(create_padding_mask(src, pad_id=3))

@@ -1,12 +1,20 @@
 """Positions: the papers' formulas, written out naively in double precision, are the oracle."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from triglot.layers.embedding import Embedding
-from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions, rotate, sinusoids
+from triglot.layers.positions import (
+    LearnedPositions,
+    PositionalEncoding,
+    RelativePositions,
+    RotaryPositions,
+    rotate,
+    sinusoids,
+)
 
 BATCH, LENGTH = 2, 5
 
@@ -112,7 +120,27 @@ def test_rotation_keeps_the_dtype_it_is_given(dtype):
     assert rotate(x, rotary(torch.arange(LENGTH)[None])).dtype == dtype
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])
+@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 11), (7, 20), (5, 3)])
+def test_relative_positions_are_t5s(num_buckets, max_distance, both_ways):
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    relative = RelativePositions(num_buckets, max_distance, 3, both_ways=both_ways)
+    positions = torch.arange(301)[None]
+    distance = positions[0] - positions[0][:, None]
+    buckets = t5.T5Attention._relative_position_bucket(distance, both_ways, num_buckets, max_distance)
+    assert torch.equal(relative(positions, positions), relative.table.weight[buckets].permute(2, 0, 1)[None])
+
+
+def test_relative_positions_of_rows_that_stand_elsewhere_are_by_their_distances():
+    relative = RelativePositions(8, 11, 3, both_ways=False)
+    query, key = torch.tensor([[4, 5], [9, 10]]), torch.tensor([[3, 0, 5, 4]])
+    found = relative(query, key)
+    for row, place, of_key in itertools.product(range(2), range(2), range(4)):
+        alone = relative(query[row : row + 1, place : place + 1], key[:, of_key : of_key + 1])
+        assert torch.equal(found[row, :, place, of_key], alone[0, :, 0, 0])
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "relative"])
 @pytest.mark.parametrize("scale", [True, False])
 def test_embeddings_are_scaled_and_know_their_place(positions, scale, check_fields):
     embedding = Embedding(23, 22, 53, 0.0, positions=positions, head_dim=2, scale=scale)
@@ -125,15 +153,26 @@ def test_embeddings_are_scaled_and_know_their_place(positions, scale, check_fiel
             torch.testing.assert_close(out.x - plain, naive_table(LENGTH, 22).float().expand_as(plain))
         case "learned":
             torch.testing.assert_close(out.x - plain, embedding.added.embedding.weight[:LENGTH].expand_as(plain))
-        case "rotary":
+        case _:
             assert torch.equal(out.x, plain)
     assert (out.rotation is None) == (positions != "rotary")
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])
-def test_embedding_dropout_acts_in_training_only(positions):
-    embedding = Embedding(23, 22, 53, 0.5, positions=positions, head_dim=2)
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "relative"])
+def test_embedding_dropout_acts_in_training_only(positions, norm):
+    embedding = Embedding(23, 22, 53, 0.5, positions=positions, head_dim=2, norm=norm)
     tokens = torch.randint(23, (BATCH, LENGTH))
+    assert 0.2 < (embedding(tokens).x == 0).float().mean() < 0.8  # and is the last thing that happens
     assert not torch.equal(embedding(tokens).x, embedding(tokens).x)
     embedding.eval()
     assert torch.equal(embedding(tokens).x, embedding(tokens).x)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_norm_of_embeddings_is_of_tokens_with_their_positions(kind):
+    plain, normed = Embedding(23, 22, 53, 0.0), Embedding(23, 22, 53, 0.0, norm=kind, norm_eps=0.1)
+    normed.tokens.weight = plain.tokens.weight
+    tokens = torch.randint(23, (BATCH, LENGTH))
+    norm = torch.nn.LayerNorm(22, eps=0.1) if kind == "layer" else torch.nn.RMSNorm(22, eps=0.1)
+    torch.testing.assert_close(normed(tokens).x, norm(plain(tokens).x))

@@ -1,5 +1,8 @@
 """Numbers keep their bits whatever stands beside them, with any number of threads."""
 
+from functools import partial
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from triglot.decoding.sampling import log_sum_exp
-from triglot.generation.prepared import activate_apart
-from triglot.layers.feed_forward import activate
+from triglot.generation.prepared import IN_PLACE, activate_apart
+from triglot.layers.feed_forward import Activation, activate
 from triglot.layers.vectors import VECTOR, filled_up, in_whole_vectors
 
 
@@ -44,17 +47,21 @@ def told_apart(work) -> Tensor:
     return x[differ][0] if differ.any() else x[0]
 
 
-@pytest.mark.parametrize("work", [Tensor.exp2_, Tensor.sigmoid_, torch.ops.aten.silu_], ids=str)
+gelu_tanh = partial(torch.ops.aten.gelu_, approximate="tanh")
+WORK = [Tensor.exp2_, Tensor.sigmoid_, torch.ops.aten.silu_, torch.ops.aten.gelu_, gelu_tanh]
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
 @pytest.mark.parametrize("rows", [1, 37, 1031])
 def test_a_number_has_the_same_bits_wherever_it_stands(threads, work, rows):
     found = in_whole_vectors(told_apart(work).expand(rows, 160).clone(), work)
     assert found.unique().numel() == 1
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize(("rows", "width"), [(53, 22), (1999, 34), (37, 3200)])
 def test_an_activated_number_has_the_same_bits_wherever_it_stands(threads, activation, rows, width):
-    x = told_apart(torch.ops.aten.silu_).expand(rows, width)
+    x = told_apart(IN_PLACE.get(activation, torch.ops.aten.silu_)).expand(rows, width)
     found = activate_apart(x.clone(), activation)
     torch.testing.assert_close(found, activate(x, activation))
     assert found.unique().numel() == 1

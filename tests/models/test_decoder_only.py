@@ -180,6 +180,40 @@ def test_documents_side_by_side_are_as_documents_alone_but_for_their_place(ids):
     assert not any(layer[~create_document_mask(segments).expand_as(layer)].any() for layer in weights)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_token_sees_so_many_of_the_last_tokens_as_its_window_has(ids, need_weights):
+    shape = VOCAB, D_MODEL, HEADS, 1, D_FF, MAX_LEN
+    model = perturbed(DecoderLLM(*shape, options=BlockOptions(window=3)))
+    other = ids.clone()
+    other[:, 2] = (other[:, 2] + 1) % VOCAB
+    one, two = (model.run(tokens, need_weights=need_weights).hidden for tokens in (ids, other))
+    assert (one - two).abs().amax((0, 2)).gt(1e-4).tolist() == [False, False, True, True, True, False, False]
+
+
+def test_a_window_that_holds_the_whole_text_changes_no_bit(ids):
+    plain, wide = (perturbed(DecoderLLM(*SHAPE, options=BlockOptions(window=window))) for window in (None, LENGTH))
+    wide.load_state_dict(plain.state_dict())
+    assert torch.equal(wide(ids).logits, plain(ids).logits)
+    narrow = DecoderLLM(*SHAPE, options=BlockOptions(window=LENGTH - 1)).eval()
+    narrow.load_state_dict(plain.state_dict())
+    assert not torch.equal(narrow(ids).logits, plain(ids).logits)
+
+
+def test_texts_are_read_in_a_window_padded_packed_and_step_by_step_as_each_is_alone(ids):
+    model = perturbed(DecoderLLM(*SHAPE, options=BlockOptions(positions="rotary", window=3)))
+    whole, lengths = model(ids).logits, torch.tensor([1, 2, 4, 5, 3])
+    real = torch.arange(LENGTH) < torch.tensor([7, 2, 5, 4, 1])[:, None]
+    torch.testing.assert_close(model(ids, mask=real).logits[real], whole[real], **MODEL)
+    segments = torch.tensor([[1, 1, 2, 2, 2, 2, 2]]).expand(BATCH, -1)
+    packed = model.head(model.run(ids, segments=segments).hidden)
+    torch.testing.assert_close(packed[:, 2:], model(ids[:, 2:]).logits, **MODEL)
+    rows = torch.arange(BATCH)
+    logits, steps = model.start(ids[:, :5], lengths, 2)
+    for step in range(2):
+        torch.testing.assert_close(logits, whole[rows, lengths - 1 + step], **MODEL)
+        logits = steps.step(ids[rows, lengths + step])
+
+
 def test_the_causal_mask_is_true_below_the_diagonal():
     mask = DecoderLLM.create_causal_mask(LENGTH)
     assert mask.shape == (1, 1, LENGTH, LENGTH)

@@ -209,3 +209,8 @@ def test_refuses_to_be_of_no_layers():
     for build in (lambda: Transformer(11, 13, D_MODEL, 0, HEADS), lambda: Encoder(11, D_MODEL, 0, HEADS, D_FF, 17)):
         with pytest.raises(ValueError, match="`the number of layers` must be at least 1, but is 0 instead"):
             build()
+
+
+def test_refuses_a_window():
+    with pytest.raises(ValueError, match=r"`window` must be None where there is an encoder, but is 7 instead\."):
+        Transformer(*SHAPE, options=BlockOptions(window=7))

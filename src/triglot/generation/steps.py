@@ -14,8 +14,9 @@ from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Chooser, Decoded, gather, stream_in_parts
 from triglot.errors import DeadEndError
+from triglot.generation.attention import Memory
 from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows
-from triglot.generation.prepared import Memory, Prepared
+from triglot.generation.prepared import Prepared
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.masks import create_look_ahead_mask
 from triglot.layers.vectors import round_up

@@ -67,10 +67,10 @@ def cast_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 class MultiHeadAttention(nn.Module):
     """Attention over `num_heads` projections of width `head_dim`, by default d_model / num_heads, side by side.
 
-    With `num_kv_heads` below `num_heads`, groups of query heads share keys and values (Ainslie et al. 2023). `qk_norm`,
-    `qkv_bias` and `scale` are as in `BlockOptions`. With
-    `need_weights` the weights are written out (before dropout, so that rows sum to 1 in training too); without, the
-    same output comes by whichever path is faster and they are None. `mask` is True where a query may attend to a key.
+    With `num_kv_heads` below `num_heads`, groups of query heads share keys and values (Ainslie et al. 2023); the other
+    options are those of `BlockOptions`. With `need_weights` the weights are written out (before dropout, so that rows
+    sum to 1 in training too); without, the same output comes by whichever path is faster and they are None. `mask` is
+    True where a query may attend to a key.
     """
 
     def __init__(

@@ -1,0 +1,197 @@
+"""Attention of a prepared model (`prepared.py`): over a text's own tokens, and over a sentence's memory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from triglot.generation.held import WIDTH, Held, Place
+from triglot.layers.attend import FORBIDDEN
+from triglot.layers.attention import MultiHeadAttention
+from triglot.layers.packed import Packer
+from triglot.layers.positions import RotaryPositions
+
+Hidden = Float[Tensor, "rows d_model"]
+Turn = tuple[Tensor, Tensor]
+"""Cosine and sine [rows, 1, head_dim] of each row's position, the first half of the sines with its sign changed."""
+
+
+class Memory(NamedTuple):
+    """What a decoder attends to besides its own text."""
+
+    keys: Float[Tensor, "layers sentences kv_heads length width"]
+    values: Float[Tensor, "layers sentences kv_heads length width"]
+    bias: Float[Tensor, "sentences 1 1 length"]
+    """What hides padding."""
+    hypotheses: int
+    """Rows of each sentence, one behind another."""
+
+
+class Whole(NamedTuple):
+    """Rows that are texts of one length, one token behind another."""
+
+    texts: int
+    length: int
+    bias: Float[Tensor, "#texts #heads #length length"]
+
+    @property
+    def real(self) -> Bool[Tensor, "texts length"]:
+        """Which rows are no padding: those that may attend to themselves."""
+        own = self.bias[:, 0].expand(self.texts, self.length, self.length).diagonal(dim1=1, dim2=2)
+        return own > FORBIDDEN / 2
+
+
+def attend(
+    query: Float[Tensor, "rows_and_heads queries width"],
+    keys: Float[Tensor, "rows_and_heads length width"],
+    values: Float[Tensor, "rows_and_heads length width"],
+    bias: Float[Tensor, "#rows #heads #queries length"],
+) -> Float[Tensor, "rows_and_heads queries width"]:
+    """softmax(Q Kᵀ + bias) V, queries scaled already."""
+    scores = torch.bmm(query, keys.mT)
+    scores.view(-1, len(query) // len(bias) if len(bias) > 1 else bias.size(1), *scores.shape[1:]).add_(bias)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+def fill_up(x: Float[Tensor, "*lead narrow"]) -> Float[Tensor, "*lead width"]:
+    """Heads of at least WIDTH numbers."""
+    return F.pad(x, (0, WIDTH - x.size(-1))) if x.size(-1) < WIDTH else x
+
+
+def at_most(x: Float[Tensor, "filled d_model"], rows: int) -> Hidden:
+    """The first rows; where these are all, without the call that a step of one text would wait for."""
+    return x if len(x) == rows else x[:rows]
+
+
+def at_least(x: Hidden, rows: int) -> Float[Tensor, "filled d_model"]:
+    """The rows and as many zeros as are missing."""
+    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def turned(heads: Float[Tensor, "rows heads head_dim"], turn: Turn) -> Float[Tensor, "rows heads head_dim"]:
+    """`layers.positions.rotate` for one token a row."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.addcmul(heads * turn[0], torch.cat([second, first], dim=-1), turn[1])
+
+
+def scale_of(attention: MultiHeadAttention) -> float:
+    """What scores are multiplied by."""
+    return attention.head_dim**-0.5 if attention.scale else 1.0
+
+
+def norms_of(attention: MultiHeadAttention) -> list[Callable[[Tensor], Tensor]] | None:
+    """What norms do to heads of queries, which are scaled besides, and of keys [*, heads, head_dim]."""
+    norms: list[Callable[[Tensor], Tensor]] = []
+    for norm, scale in ((attention.query_norm, scale_of(attention)), (attention.key_norm, 1.0)):
+        if norm is None:
+            return None
+        weight = norm.weight.detach() * scale
+        shape = [attention.head_dim] if len(weight) == attention.head_dim else [-1, attention.head_dim]
+        weight = weight.view(shape)
+        norms.append(partial(F.rms_norm, normalized_shape=list(weight.shape), weight=weight, eps=norm.eps))
+    return norms
+
+
+def turn_table(rotary: RotaryPositions) -> Turn:
+    """What turns a head at each position."""
+    sign = torch.ones(rotary.sin.size(1))
+    sign[: len(sign) // 2] = -1
+    return rotary.cos[:, None], (rotary.sin * sign)[:, None]
+
+
+class PreparedAttention:
+    """Self-attention: queries, keys and values by one product."""
+
+    def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
+        self.heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        parts, self.norms = [attention.query, attention.key, attention.value], norms_of(attention)
+        self.inner = packer.beside(parts, scale=scale_of(attention) if self.norms is None else 1.0)
+        self.outer = packer.beside([attention.output])
+
+    def normalised(self, heads: Tensor) -> Tensor:
+        """The heads of queries and keys after their norms, those of values as they are."""
+        assert self.norms is not None
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        return torch.cat([self.norms[0](query), self.norms[1](key), value], 1)
+
+    def project(self, x: Hidden, rows: int, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [rows, heads, width] of the first rows."""
+        heads = at_most(self.inner(x), rows).view(rows, -1, self.head_dim)
+        if self.norms is not None:
+            heads = self.normalised(heads)
+        if turn is None:
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        else:
+            both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            query, key = turned(both, turn).split([self.heads, self.kv_heads], 1)
+        return fill_up(query), fill_up(key), fill_up(value)
+
+    def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None) -> Hidden:
+        """Rows are the next tokens of texts, as many of each text, behind one another."""
+        (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
+        query, key, value = self.project(x, texts * new, turn)
+        held.write(layer, place, key.reshape(-1, key.size(2)), value.reshape(-1, value.size(2)))
+        query = query.reshape(texts, new, self.kv_heads, groups, -1).transpose(1, 2)
+        query = query.reshape(texts * self.kv_heads, new * groups, -1)
+        bias = place.bias if new == 1 or groups == 1 else place.bias.repeat_interleave(groups, 2)
+        if (missing := held.queries - new * groups) > 0:
+            query = F.pad(query, (0, 0, 0, missing))
+            bias = bias if new == 1 else F.pad(bias, (0, 0, 0, missing))
+        mixed = attend(query, *held.read(layer, place.length), bias)
+        if mixed.shape[1:] != (new * groups, self.head_dim):
+            mixed = mixed[:, : new * groups, : self.head_dim]
+        mixed = mixed.reshape(texts, self.kv_heads, new, groups, self.head_dim).transpose(1, 2)
+        return self.outer(at_least(mixed.reshape(texts * new, -1), len(x)))
+
+    def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
+        """Rows are whole texts, whose keys and values go to `held` [2, texts, kv_heads, length, width]."""
+        texts, length = whole.texts, whole.length
+        query, key, value = (
+            part.view(texts, length, self.kv_heads, -1, part.size(2)).permute(0, 2, 3, 1, 4)
+            for part in self.project(x, len(x), turn)
+        )  # [texts, kv_heads, group, length, width]
+        key, value = key[:, :, 0], value[:, :, 0]
+        if held is not None:
+            held[0], held[1] = key, value
+        groups = query.size(2)
+        bias = whole.bias if whole.bias.size(2) == 1 else whole.bias.repeat(1, 1, groups, 1)
+        flat = [part.reshape(texts * self.kv_heads, -1, part.size(-1)) for part in (query, key, value)]
+        mixed = attend(flat[0], flat[1], flat[2], bias)[..., : self.head_dim]
+        mixed = mixed.view(texts, self.kv_heads, groups, length, -1).permute(0, 3, 1, 2, 4)
+        return self.outer(mixed.reshape(len(x), -1))
+
+
+class PreparedMemory:
+    """Attention over a memory whose keys and values are the same for all hypotheses of a sentence."""
+
+    def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
+        self.kv_heads, self.head_dim, self.norms = attention.num_kv_heads, attention.head_dim, norms_of(attention)
+        self.both = packer.beside([attention.key, attention.value])
+        self.query = packer.beside([attention.query], scale=scale_of(attention) if self.norms is None else 1.0)
+        self.outer = packer.beside([attention.output])
+
+    def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length width"]:
+        """The keys and values of sentences of one length."""
+        both = self.both(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
+        if self.norms is not None:
+            both[:, :, 0] = self.norms[1](both[:, :, 0])
+        return fill_up(both.permute(2, 0, 3, 1, 4))
+
+    def step(self, x: Hidden, memory: Memory, layer: int) -> Hidden:
+        """Each row is a hypothesis."""
+        keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
+        sentences, hypotheses = memory.keys.size(1), memory.hypotheses
+        rows = sentences * hypotheses
+        query = at_most(self.query(x), rows)
+        if self.norms is not None:
+            query = self.norms[0](query.view(rows, -1, self.head_dim))
+        query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
+        query = query.transpose(1, 2).reshape(sentences * self.kv_heads, -1, query.size(-1))
+        mixed = attend(query, keys, values, memory.bias)
+        mixed = mixed if mixed.size(2) == self.head_dim else mixed[..., : self.head_dim]
+        mixed = mixed.view(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
+        return self.outer(at_least(mixed.reshape(rows, -1), len(x)))
