@@ -59,7 +59,7 @@ block_options = st.builds(
 models = st.builds(
     ModelConfig,
     kind=st.just("encoder_decoder"), d_model=st.sampled_from([8, 40, 88]), num_heads=st.just(4),
-    num_layers=st.integers(1, 9), d_ff=st.integers(1, 99), max_seq_length=st.integers(1, 999),
+    num_layers=st.integers(3, 9), d_ff=st.integers(1, 99), max_seq_length=st.integers(1, 999),
     dropout=st.floats(0, 0.9), options=block_options,
 )  # fmt: skip
 runs = st.builds(

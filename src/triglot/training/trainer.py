@@ -234,7 +234,7 @@ class Trainer:
         at, loss, norm = self.progress, found.loss, found.norm.item()
         at.step, at.seconds, at.skipped = number, time.perf_counter() - self.began, [*at.skipped, number]
         if math.isfinite(loss) and math.isfinite(norm):
-            at.spikes = [*at.spikes, [taken[0].epoch, loss, norm]]
+            at.spikes = [*at.spikes, [float(taken[0].epoch), loss, norm]]
         line = {
             "kind": "skipped",
             "step": number,
