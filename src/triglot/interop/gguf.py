@@ -128,7 +128,7 @@ def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     class Bounded(GGUFReader):
         """Reads nothing past the end: a length that lies would be waited for."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
             found = super()._get(offset, dtype, count, override_order)
             if len(found) != count:
                 raise ValueError(f"it ends before {count} numbers at {offset} do")

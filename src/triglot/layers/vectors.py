@@ -16,6 +16,8 @@ VECTOR = 32
 """A multiple of the numbers that are computed at a time, on any processor."""
 GRAIN = 2**15
 """Numbers of which a thread takes no fewer, and no more where another thread is free."""
+ALONE = 2**14
+"""Numbers that no operation shares among threads: GELU shares fewer than others do."""
 
 
 def round_up(number: int, to: int) -> int:
@@ -31,7 +33,7 @@ def filled_up(x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead whole_vec
 
 def in_whole_vectors(x: Float[Tensor, "*lead whole_vectors"], work: Callable[[Tensor], Any]) -> Tensor:
     """`x`, which must lie in one piece, after `work` has changed all its numbers in place."""
-    if x.numel() <= GRAIN or x.device.type != "cpu" or torch.get_num_threads() == 1:
+    if x.numel() <= ALONE or x.device.type != "cpu" or torch.get_num_threads() == 1:
         work(x)
         return x
     flat, first = x.view(-1), 0
@@ -42,9 +44,9 @@ def in_whole_vectors(x: Float[Tensor, "*lead whole_vectors"], work: Callable[[Te
 
 
 def _shares(count: int) -> Iterator[int]:
-    """Sizes that threads share evenly: a grain for each as long as there are so many, then one at a time."""
+    """Sizes that threads share evenly: a grain for each as long as there are so many, then a thread at a time."""
     together = GRAIN * torch.get_num_threads()
     while count:
-        size = together if count >= together else min(count, GRAIN)
+        size = together if count >= together else min(count, ALONE)
         yield size
         count -= size
