@@ -87,8 +87,9 @@ def scored_bytes(batches: Iterable[Batch], tokenizer: Tokenizer) -> int:
 def examples_dataset(examples: Sequence[Example], tokenizers: Tokenizers, config: RunConfig) -> Pairs:
     """Examples as batches by length."""
     sources = tokenizers.encode_sources([one.source for one in examples], [one.tag for one in examples])
-    targets = tokenizers.target.encode_batch([one.target for one in examples])
-    return Pairs(Ragged.of(sources), Ragged.of(targets), config.train.batch_tokens, None)
+    targets = tokenizers.encode_targets([one.target for one in examples])
+    ids = tokenizers.target.ids
+    return Pairs(Ragged.of(sources), Ragged.of(targets), config.train.batch_tokens, None, ids)
 
 
 def translate_examples(

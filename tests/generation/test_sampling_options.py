@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from triglot.errors import CheckpointError, ConfigError, DataError
 from triglot.generation import texts as texts_module
 from triglot.generation.options import Sampling
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds, Tokenizer
 
 PROMPTS = ["", "To be", "ü", "a longer prompt, to be sure", "x"]
-EOS = Tokenizer.eos_id
+EOS = SpecialIds().eos
 
 
 @pytest.fixture(scope="module")

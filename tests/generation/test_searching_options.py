@@ -20,7 +20,7 @@ from triglot.generation.workers import Workers
 from triglot.layers.masks import create_masks
 from triglot.layers.packed import multiplies_bf16
 from triglot.recipe import from_dict
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds
 
 LINES = ["one two three", "", "a", "ein langer Satz, mit Komma", "   ", "zwei", "drei vier"]
 TEXTS = [row for row, line in enumerate(LINES) if line.strip()]
@@ -104,7 +104,7 @@ def test_no_end_comes_early_no_n_gram_twice_and_no_banned_word(translator):
     for row in TEXTS:
         for one in translator.translate(LINES, beam=3, nbest=3, **how)[row]:
             assert len(one.tokens) > 6
-            assert Tokenizer.eos_id not in one.tokens[:6]
+            assert SpecialIds().eos not in one.tokens[:6]
             pairs = list(itertools.pairwise(one.tokens))
             assert len(pairs) == len(set(pairs))
             assert word not in one.text
@@ -145,9 +145,9 @@ def test_alternatives_are_the_likeliest_tokens_each_with_the_best_text_that_goes
     for one in found:
         assert one.piece == translator.tokenizers.target.pieces([one.token])[0]
         assert one.best.tokens[:3] == [*tgt[0, 1:].tolist(), one.token]
-        if one.token == Tokenizer.eos_id:
+        if one.token == SpecialIds().eos:
             assert one.best.text == "ab"
-    assert Tokenizer.eos_id in [one.token for one in translator.alternatives(line, prefix, 100)]
+    assert SpecialIds().eos in [one.token for one in translator.alternatives(line, prefix, 100)]
 
 
 def test_the_best_alternative_goes_on_as_the_translation_does(translator):
@@ -163,7 +163,7 @@ def test_alignments_are_the_attention_of_the_step_that_reads_the_token(translato
     assert [[one._replace(alignment=None) for one in row] for row in aligned] == plain
     for line, row in zip(LINES, aligned, strict=True):
         for one in row if line.strip() else ():
-            produced = [token for token in one.tokens if token != Tokenizer.eos_id]
+            produced = [token for token in one.tokens if token != SpecialIds().eos]
             weights = torch.tensor(one.alignment.weights).view(len(produced), -1)
             assert weights.shape[0] == len(one.alignment.target) == len(produced)
             if not produced:

@@ -23,11 +23,11 @@ from triglot.generation.structured import (
     json_schema_grammar,
     regex_grammar,
 )
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds, Tokenizer
 
 pytest.importorskip("llguidance")
 
-EOS, ROWS, LIMIT = Tokenizer.eos_id, 5, 150
+EOS, ROWS, LIMIT = SpecialIds().eos, 5, 150
 CORPUS = ['{"name": "Anna", "age": 31, "tags": ["x", true]} nein ja vielleicht 2024-11 abcd 🙂🙂 grün null <eos> ' * 3]
 TOKENIZERS = {
     "byte": Tokenizer.train("byte", []),
@@ -106,7 +106,7 @@ def write(rule: Rule, tokenizer: Tokenizer, seed: int, temperature: float, limit
     first = whim.step(torch.zeros(ROWS))
     generator = torch.Generator().manual_seed(seed)
     sampler = Sampler(temperature=temperature)
-    return generate(first, whim, sampler, limit, eos_id=EOS, rules=[rule], generator=generator)
+    return generate(first, whim, sampler, limit, eos_ids=[EOS], rules=[rule], generator=generator)
 
 
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -142,7 +142,7 @@ def test_beams_follow_the_rule_of_their_sentence(kind):
     for seed in range(5):
         whim = Whim(tokenizer, seed)
         first = whim.step(torch.zeros(3))
-        found = beam_search(first, whim, BeamSearch(beam=4, nbest=3, eos_id=EOS, rules=[rule]), 40)
+        found = beam_search(first, whim, BeamSearch(beam=4, nbest=3, eos_ids=[EOS], rules=[rule]), 40)
         for texts, regex in zip(found, regexes, strict=True):
             assert texts
             assert all(re.fullmatch(regex, tokenizer.decode(text.ids)) for text in texts if not text.truncated)
@@ -216,7 +216,7 @@ def test_a_text_that_is_cut_off_is_the_beginning_of_one_that_follows(kind):
 
         whim = Whim(tokenizer, seed)
         for text, end in zip(
-            begun, generate(whim.step(begun), whim, Sampler(), LIMIT, eos_id=EOS, rules=[go_on]), strict=True
+            begun, generate(whim.step(begun), whim, Sampler(), LIMIT, eos_ids=[EOS], rules=[go_on]), strict=True
         ):
             assert valid(json.loads(tokenizer.decode([*text, *end.ids])), form)
 

@@ -197,6 +197,46 @@ def upcycle(
     typer.echo(f"{out}: to train on, add to its recipe: --set init.from={out} {settings}")
 
 
+class To(StrEnum):
+    """Whose checkpoint is written."""
+
+    triglot = "triglot"
+    hf = "hf"
+    gguf = "gguf"
+    ctranslate2 = "ctranslate2"
+
+
+class Numbers(StrEnum):
+    """How numbers are stored in GGUF."""
+
+    f32 = "F32"
+    f16 = "F16"
+    q8_0 = "Q8_0"
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A run; or a folder of transformers, GGUF, llama2.c.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or file of GGUF.")],
+    to: Annotated[To, typer.Option(help="Whose checkpoint to write; hf: transformers.")] = To.triglot,
+    numbers: Annotated[Numbers, typer.Option(help="Of GGUF.")] = Numbers.q8_0,
+    which: Which = "best",
+) -> None:
+    """Bring a checkpoint in as a run, or take a run out to where other engines serve it."""
+    from triglot.interop import runs as interop
+
+    match to:
+        case To.triglot:
+            interop.to_run(source, out)
+        case To.hf:
+            interop.to_transformers(source, out, which)
+        case To.gguf:
+            interop.to_gguf(source, out, numbers.value, which)
+        case To.ctranslate2:
+            interop.to_ctranslate2(source, out, which)
+    typer.echo(str(out))
+
+
 @app.command()
 def inspect(
     run: Run,

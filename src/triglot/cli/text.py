@@ -55,7 +55,9 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="The text to continue; empty: a new document.")] = "",
     max_new_tokens: Longest = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; as the run says by default, else 1.", show_default=False)
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many.", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest of so much.", show_default=False)] = None,
     min_p: Annotated[
@@ -64,7 +66,9 @@ def generate(
     typical_p: Annotated[
         float | None, typer.Option(help="Draw from the most typical of so much.", show_default=False)
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less, the prompt too.")] = 1.0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: repeat less, the prompt too.", show_default=False)
+    ] = None,
     presence_penalty: Annotated[float, typer.Option(help="Off the logits of what came.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Off for each time that it came.")] = 0.0,
     logit_bias: Annotated[
@@ -87,6 +91,10 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="So many texts; with --json.")] = 1,
     top_logprobs: Annotated[int, typer.Option(help="So many alternatives of each token; with --json.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text, when it is whole.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is said to a model that answers.")] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: what the model is told first.", show_default=False)
+    ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
     past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
     speculate: Annotated[int, typer.Option(help="Guess so many tokens a step; the text stays the same.")] = 0,
@@ -97,11 +105,13 @@ def generate(
     which: Which = "best",
     device: Device = None,
 ) -> None:
-    """Continue a text, as it comes."""
+    """Continue a text, as it comes, or answer in a conversation."""
     from triglot.generation.engine import load
 
     require(as_json or n == 1, "--n", "left out without --json", n, ConfigError)
     require(as_json or top_logprobs == 0, "--top-logprobs", "left out without --json", top_logprobs, ConfigError)
+    require(chat or system is None, "--system", "left out without --chat", system, ConfigError)
+    require(not chat or interactive or bool(prompt), "--prompt", "given with --chat", prompt, ConfigError)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -126,18 +136,25 @@ def generate(
     require(speculate > 0 or draft is None, "--draft", "left out without --speculate", draft, ConfigError)
     engine = load(run, which=which, device=device_of(device), precision=precision.value, draft=draft)
 
+    said: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+
     def show(prompt: str, seed: int) -> None:
+        asked = [*said, {"role": "user", "content": prompt}] if chat else prompt
+        answer = ""
         if as_json:
-            for one in engine.generate([prompt], seed=seed, n=n, top_logprobs=top_logprobs, **options):
+            for one in engine.generate([asked], seed=seed, n=n, top_logprobs=top_logprobs, **options):
                 told = {"prompt": prompt, **one._asdict(), "log_prob": one.log_prob}
                 sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
-            return
-        pieces = engine.stream(prompt, seed=seed, **options)
-        sys.stdout.write(prompt)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+                answer = one.text
+        else:
+            pieces = engine.stream(asked, seed=seed, **options)
+            sys.stdout.write("" if chat else prompt)
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                answer += piece
+            sys.stdout.write("\n")
+        said.extend([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
 
     if not interactive or prompt:
         show(prompt, seed)

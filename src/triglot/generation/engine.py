@@ -11,14 +11,15 @@ from typing import Any, overload
 
 import torch
 
-from triglot.checkpoint import load_model
 from triglot.config import RunConfig
 from triglot.errors import ConfigError, require
 from triglot.generation import scoring, sentences, texts
 from triglot.generation.options import Sampling, Searching, made
 from triglot.generation.ready import Ready, refuse_text
 from triglot.generation.results import Alternative, Generation, Hypothesis
+from triglot.generation.texts import Prompt
 from triglot.generation.workers import Workers
+from triglot.interop.runs import load_any
 from triglot.layers.packed import Precision
 from triglot.objective import Model
 from triglot.tokenizer import Tokenizers
@@ -34,7 +35,7 @@ def load(
     workers: int | None = None,
     draft: str | Path | None = None,
 ) -> "Engine":
-    """The engine of a run's checkpoint `which`: best, last, or a number of steps.
+    """The engine of a run's checkpoint `which` (best, last, or a number of steps), or of another library's checkpoint.
 
     Without `device` it is on the GPU if there is one. `precision` is that of decoding: on a processor the weights are
     packed for it, on a GPU bf16 is the type of the model and int8 is refused. With `workers` above 1 so many processes
@@ -52,8 +53,8 @@ def load(
         fits = on_processor and dtype in (None, torch.float32)
         require(fits, "workers", "1 unless the model is on a processor, in fp32", workers, ConfigError)
         pool = Workers(partial(sentences.worker_search, Path(run), which, precision), workers)
-    guesses = None if draft is None else Ready(*load_model(Path(draft), "best", device), precision)
-    return Engine(*load_model(Path(run), which, device, dtype), precision=precision, workers=pool, draft=guesses)
+    guesses = None if draft is None else Ready(*load_any(Path(draft), "best", device), precision)
+    return Engine(*load_any(Path(run), which, device, dtype), precision=precision, workers=pool, draft=guesses)
 
 
 class Engine:
@@ -101,7 +102,7 @@ class Engine:
         _ = self._ready.translator
         refuse_text("lines", lines)
         refuse_text("prefixes", prefixes or [])
-        how = made(Searching, options)
+        how = made(Searching, options, self.config.generation)
         return sentences.translate(
             self._ready, self._find, lines, how, tags=tags, prefixes=prefixes, first_line=first_line
         )
@@ -114,32 +115,34 @@ class Engine:
         Each comes with the best translation that goes on with it; options are those of `Searching`.
         """
         _ = self._ready.translator
-        how = made(Searching, {"nbest": 1, **options})
+        how = made(Searching, {"nbest": 1, **options}, self.config.generation)
         require(how.nbest == 1, "nbest", "1, one for each alternative", how.nbest, ConfigError)
         return sentences.alternatives(self._ready, self._find, line, prefix, count, how, tag)
 
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]:
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
         """What follows each prompt, up to the end of its document, a stop string or `max_new_tokens`.
 
-        Options are those of `Sampling`. An empty prompt begins a document. With n above 1 the texts of a prompt stand
+        A prompt is a text, or a conversation: a list of messages, such as {"role": "user", "content": "Hello!"}, which
+        the model's chat template spells, and which its answer follows. Options are those of `Sampling`; what is None is
+        as the run says. An empty prompt begins a document. With n above 1 the texts of a prompt stand
         side by side, so that text k of prompt i is number i · n + k, and draws from the seed `seed + i · n + k`.
         Raises ConfigError for options that can not be, and for what does not fit the context where `past_context` is
         "error".
         """
         _ = self._ready.writer
-        refuse_text("prompts", prompts)
-        how = made(Sampling, options)
+        refuse_text("prompts", prompts, (str, list, tuple))
+        how = made(Sampling, options, self.config.generation)
         drafts, rules = texts.drafts_of(self._ready, prompts, how)
         texts.write_all(self._ready, drafts, how, rules)
         return [draft.result(alternatives=how.top_logprobs > 0) for draft in drafts]
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The text that `generate` returns for one prompt, as it comes.
 
         Pieces are whole characters, none of them of a stop string that comes to be complete.
         """
         _ = self._ready.writer
-        how = made(Sampling, options)
+        how = made(Sampling, options, self.config.generation)
         require(how.n == 1, "n", "1 in a stream", how.n, ConfigError)
         require(how.top_logprobs == 0, "top_logprobs", "0 in a stream of text", how.top_logprobs, ConfigError)
         drafts, rules = texts.drafts_of(self._ready, [prompt], how)

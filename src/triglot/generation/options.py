@@ -39,7 +39,7 @@ class Sampling:
     max_new_tokens: int | None = None
     """As the run says, and no more than the context leaves."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy. Of this, `top_k`, `top_p`, `repetition_penalty` and `no_repeat_ngram` a run may say otherwise."""
     top_k: int | None = None
     """Draw from so many of the likeliest; above the vocabulary: from all."""
     top_p: float | None = None
@@ -55,7 +55,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     """What it falls by for each time the token was generated."""
     logit_bias: Mapping[int, float] | None = None
-    """What is added to the logits of ids; −inf bans one, the end token 2 too."""
+    """What is added to the logits of ids; −inf bans one, the end token (2 of tokenizers trained here) too."""
     banned_words: Sequence[str] = ()
     """See `banned_words_rule`."""
     min_new_tokens: int = 0
@@ -196,7 +196,7 @@ class Searching:
         patience = config.patience if self.patience is None else self.patience
         return BeamSearch(
             beam=max(config.beam, self.nbest) if self.beam is None else self.beam,
-            eos_id=tokenizer.eos_id,
+            eos_ids=tokenizer.ids.ends,
             length_penalty=config.length_penalty if self.length_penalty is None else self.length_penalty,
             lengths=self.lengths,
             patience=None if patience == math.inf else patience,
@@ -216,9 +216,19 @@ KINDS: dict[Any, tuple[str, type]] = {
 """What a plain option is called, and what passes for it: NumPy's numbers, too."""
 
 
-def made(kind: type[T], options: Mapping[str, Any]) -> T:
-    """The options that a caller named; ConfigError for a name that there is not, or a value of another type."""
+SAID = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")
+"""What a run's config may say of options that have defaults of their own."""
+
+
+def made(kind: type[T], options: Mapping[str, Any], config: GenerationConfig) -> T:
+    """The options that a caller named, and of the others those that `config` names.
+
+    Raises ConfigError for a name that there is not, or a value of another type.
+    """
     hints = get_type_hints(kind)
+    given = {name: value for name, value in options.items() if value is not None or name not in SAID}
+    said = {name: getattr(config, name) for name in SAID if name in hints and name not in given}
+    options = given | {name: value for name, value in said.items() if value is not None}
     for name, value in options.items():
         _require(name in hints, "the option", f"one of {', '.join(hints)}", name)
         parts = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
@@ -240,7 +250,7 @@ def banned_words_rule(words: Sequence[str], tokenizer: Tokenizer) -> BannedWords
 
 def _bans(banned_words: Sequence[str], min_new_tokens: int, tokenizer: Tokenizer) -> list[Rule]:
     rules: list[Rule] = [banned_words_rule(banned_words, tokenizer)] if banned_words else []
-    return [*rules, MinLength(tokenizer.eos_id, min_new_tokens)] if min_new_tokens else rules
+    return [*rules, MinLength(tokenizer.ids.ends, min_new_tokens)] if min_new_tokens else rules
 
 
 def _check_rules(least: int, longest: int | None, no_repeat_ngram: int | None, banned_words: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import Model
-from triglot.tokenizer import Tokenizer, Tokenizers
+from triglot.tokenizer import Tokenizers
 
 BATCH_TOKENS = 16_384
 """Positions, of all texts and beams, whose keys and values are held at a time."""
@@ -60,7 +60,7 @@ class Ready:
         """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
         if not self._can_be_prepared:
             return None
-        return Prepared(self.model, self.precision, banned_ids(self.tokenizers.target))
+        return Prepared(self.model, self.precision, self._never)
 
     def guesser(self, count: int) -> Draft:
         """What guesses `count` tokens of one text: the draft model, or what followed in the text before."""
@@ -73,7 +73,13 @@ class Ready:
     @property
     def banned(self) -> Sequence[int]:
         """What a search has to ban itself."""
-        return () if self._can_be_prepared else banned_ids(self.tokenizers.target)
+        return () if self._can_be_prepared else self._never
+
+    @property
+    def _never(self) -> list[int]:
+        """What no text has: what the tokenizer bans, and where an import's model has more ids than it, these."""
+        tokenizer = self.tokenizers.target
+        return [*tokenizer.ids.banned, *range(tokenizer.vocab_size, self.model.projection.out_features)]
 
     @property
     def translator(self) -> Transformer:
@@ -92,23 +98,17 @@ class Ready:
         return self.model
 
 
-def banned_ids(tokenizer: Tokenizer) -> list[int]:
-    """Special tokens that stand for no text and no end."""
-    tags = [tokenizer.tag_id(tag) for tag in tokenizer.tags]
-    return [Tokenizer.pad_id, Tokenizer.bos_id, *tags]
-
-
-def refuse_text(name: str, texts: Sequence[object]) -> None:
+def refuse_text(name: str, texts: Sequence[object], kinds: tuple[type, ...] = (str,)) -> None:
     """A text alone is a sequence of characters, each of which would pass for a text."""
     require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
     for text in texts:
-        require(isinstance(text, str), name, "a list of texts", text, ConfigError)
+        require(isinstance(text, kinds), name, "a list of texts", text, ConfigError)
 
 
 def pad(texts: Sequence[Sequence[int]], model: Model) -> Tensor:
-    """Rows of one length on the model's device."""
+    """Rows of one length on the model's device, filled up with zeros."""
     rows = [torch.tensor(list(ids)) for ids in texts]
-    return pad_sequence(rows, batch_first=True, padding_value=Tokenizer.pad_id).to(model.projection.weight.device)
+    return pad_sequence(rows, batch_first=True).to(model.projection.weight.device)
 
 
 def batches(sizes: Sequence[int]) -> Iterator[list[int]]:

@@ -97,16 +97,16 @@ def score_pairs(
     rule = f"one of {known}, since the run was trained with target tags"
     require(not known or None not in tags, "the target tag", rule, None, DataError)
     limit, rows, cut = model.max_seq_length, [], []
-    encoded = tokenizers.encode_sources(sources, tags), tokenizers.target.encode_batch(targets)
+    encoded, ids = (tokenizers.encode_sources(sources, tags), tokenizers.encode_targets(targets)), tokenizers.target.ids
     for number, (source, text) in enumerate(zip(*encoded, strict=True), first):
-        wanted = [*text, Tokenizer.eos_id]
+        wanted = [*text, ids.eos]
         longest = max(len(source), len(wanted))
         rule = f"at most {limit} tokens long on either side (the model's max_seq_length)"
         require(longest <= limit or too_long == "cut", f"pair {number}", rule, longest, DataError)
         if len(source) > limit:
             source[limit - 1 : -1] = []
         cut.append(longest > limit)
-        rows.append(Row([Tokenizer.bos_id, *text][:limit], wanted[:limit], source))
+        rows.append(Row([ids.start, *text][:limit], wanted[:limit], source))
     found = zip(rows, log_probs(model, rows, batch_tokens), cut, strict=True)
     return [
         TextScore(list(row.targets), tokenizers.target.pieces(row.targets), values, was_cut)
@@ -126,7 +126,7 @@ def score_texts(
     first: int = 1,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[TextScore]:
-    """Each text after its prompt, or after BOS without one, and with `end` its end token too.
+    """Each text after its prompt, or after what begins a document without one, and with `end` its end token too.
 
     Prompt and text are encoded each for itself, as generation has them. Raises DataError for both together if they are
     longer than the context, counting from `first`; "windows" reads them in pieces of its length instead, each without
@@ -136,7 +136,7 @@ def score_texts(
     _require_texts("texts", texts, len(texts))
     _require_texts("prompts", prompts, len(texts))
     require(past_context in ("error", "windows"), "past_context", "error or windows", past_context, ConfigError)
-    ids = [one + [Tokenizer.eos_id] * end for one in tokenizer.encode_batch(texts)]
+    ids = [one + [tokenizer.ids.eos] * end for one in tokenizer.encode_batch(texts)]
     rows, owners, results, window = [], [], [], model.max_len
     for number, (before, text) in enumerate(zip(prompt_ids(config, tokenizer, prompts), ids, strict=True)):
         read = len(before) + len(text) - 1
@@ -156,7 +156,8 @@ def score_texts(
 def score_file(
     model: DecoderLLM, config: RunConfig, tokenizer: Tokenizer, path: Path, *, context: int | None = None
 ) -> FileScore:
-    """A file's text in windows of `context` side by side, each token predicted once, the first one after BOS.
+    """A file's text in windows of `context` side by side, each token predicted once, the first one after
+    what begins a document.
 
     The context is that of the training, and windows are those of `evaluate`, unless told otherwise. Raises DataError
     for a file that is empty or no UTF-8.
@@ -164,7 +165,7 @@ def score_file(
     context = config.train.context if context is None else context
     require(1 <= context <= model.max_len, "context", f"between 1 and {model.max_len}", context, ConfigError)
     ids = chain.from_iterable(tokenizer.encode(block) for block in read_blocks(path))
-    tokens = np.fromiter(chain([Tokenizer.bos_id], ids), np.uint32)
+    tokens = np.fromiter(chain([tokenizer.ids.start], ids), np.uint32)
     if len(tokens) == 1:
         raise DataError(f"`path` must be a file with text, but {path} is empty instead.")
     windows = Windows(tokens, context, max(BATCH_TOKENS, context))
@@ -174,12 +175,8 @@ def score_file(
 
 
 def prompt_ids(config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """What the model reads of each prompt, as it read texts in training.
-
-    Whole documents begin with BOS, and so does nothing at all; windows cut anywhere mostly do not.
-    """
-    whole = config.data.packing == "documents"
-    return [[Tokenizer.bos_id] * (whole or not ids) + ids for ids in tokenizer.encode_batch(prompts)]
+    """What the model reads of each prompt, as it read texts in training."""
+    return tokenizer.encode_prompts(prompts, documents=config.data.packing == "documents")
 
 
 def _require_texts(name: str, texts: Sequence[str], count: int) -> None:

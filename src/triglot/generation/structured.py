@@ -138,7 +138,7 @@ class _Spelled:
     """What llguidance asks a tokenizer for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id, self.bos_token_id, self._tokenizer = tokenizer.eos_id, tokenizer.bos_id, tokenizer
+        self.eos_token_id, self.bos_token_id, self._tokenizer = tokenizer.ids.eos, tokenizer.ids.start, tokenizer
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
         self.special_token_ids = [token for token, spelled in enumerate(self.tokens) if not spelled]
         for token, name in zip(self.special_token_ids, tokenizer.pieces(self.special_token_ids), strict=True):
