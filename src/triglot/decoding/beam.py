@@ -50,7 +50,8 @@ class BeamSearch:
         require(self.beam >= 1, "beam", "at least 1", self.beam, ConfigError)
         require(1 <= self.nbest <= self.beam, "nbest", f"between 1 and beam ({self.beam})", self.nbest, ConfigError)
         require(len(self.eos_ids) >= 1, "eos_ids", "one id or more", self.eos_ids, ConfigError)
-        require(self.length_penalty >= 0, "length_penalty", "at least 0", self.length_penalty, ConfigError)
+        finite = 0 <= self.length_penalty < math.inf
+        require(finite, "length_penalty", "at least 0 and finite", self.length_penalty, ConfigError)
         require(self.lengths in get_args(Lengths), "lengths", "power or gnmt", self.lengths, ConfigError)
         fits = self.patience is None or self.patience > 0
         require(fits, "patience", "above 0, or left out", self.patience, ConfigError)
