@@ -22,6 +22,7 @@ from triglot.generation.workers import Search
 from triglot.interop.runs import load_any
 from triglot.layers.masks import create_padding_mask
 from triglot.layers.packed import Precision
+from triglot.tokenizer import Tokenizer
 
 
 class TextWasCut(UserWarning):
@@ -60,8 +61,17 @@ def translate(
         row = rows[error.request]
         raise DeadEndError(row, f"line {first_line + row}") from error
     for row, texts in zip(rows, found, strict=True):
-        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in texts]
+        kept = distinct(ready.tokenizers.target, texts)[: how.nbest]
+        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in kept]
     return results
+
+
+def distinct(tokenizer: Tokenizer, texts: Sequence[Decoded]) -> list[Decoded]:
+    """Of those that spell the same text by other tokens only the first, which is the best."""
+    found: dict[str, Decoded] = {}
+    for text in texts:
+        found.setdefault(tokenizer.decode(text.ids), text)
+    return list(found.values())
 
 
 def alternatives(
