@@ -15,7 +15,7 @@ from triglot.decoding.search import normalised
 from triglot.errors import CheckpointError, ConfigError, DataError
 from triglot.generation import sentences
 from triglot.generation.engine import Engine
-from triglot.generation.results import Hypothesis
+from triglot.generation.results import Alignment, Hypothesis
 from triglot.generation.workers import Workers
 from triglot.layers.masks import create_masks
 from triglot.layers.packed import multiplies_bf16
@@ -178,6 +178,7 @@ def test_the_best_alternative_goes_on_as_the_translation_does(translator):
 def test_alignments_are_the_attention_of_the_step_that_reads_the_token(translator):
     plain, aligned = translator.translate(LINES, nbest=2), translator.translate(LINES, nbest=2, alignments=True)
     assert [[one._replace(alignment=None) for one in row] for row in aligned] == plain
+    assert aligned[1][0].alignment == Alignment([], [], [])
     for line, row in zip(LINES, aligned, strict=True):
         for one in row if line.strip() else ():
             produced = [token for token in one.tokens if token != SpecialIds().eos]

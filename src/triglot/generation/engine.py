@@ -83,6 +83,11 @@ class Engine:
         self._workers = workers
         self._find = partial(sentences.search_all, self._ready) if workers is None else workers.search
 
+    @property
+    def precision(self) -> str:
+        """What decoding multiplies in: not always what was asked for, since small projections stay in bf16 or fp32."""
+        return self._ready.multiplies_in
+
     def close(self) -> None:
         """End the processes that translate, which otherwise end with the program."""
         if self._workers is not None:

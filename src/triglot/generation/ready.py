@@ -64,6 +64,14 @@ class Ready:
             return None
         return Prepared(self.model, self.precision, self._never)
 
+    @property
+    def multiplies_in(self) -> str:
+        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections."""
+        if (prepared := self.prepared) is not None:
+            return " and ".join(one for one in get_args(Precision) if one in prepared.used)
+        dtype = self.model.projection.weight.dtype
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+
     def guesser(self, count: int) -> Draft:
         """What guesses `count` tokens of one text: the draft model, or what followed in the text before."""
         rule = "0 unless the model is on a processor, in fp32"

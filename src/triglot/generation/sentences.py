@@ -16,7 +16,7 @@ from triglot.errors import ConfigError, DataError, DeadEndError, require
 from triglot.generation.alignment import align
 from triglot.generation.options import Searching
 from triglot.generation.ready import Ready, Tags, batches, pad, tags_of
-from triglot.generation.results import Alternative, Hypothesis
+from triglot.generation.results import Alignment, Alternative, Hypothesis
 from triglot.generation.steps import search
 from triglot.generation.workers import Search
 from triglot.interop.runs import load_any
@@ -54,7 +54,8 @@ def translate(
             require(len(prefix) < limit, f"the prefix of line {number}", rule, len(prefix), DataError)
         forced = [ids[row] for row in rows]
     search = how.search(ready.config.generation, ready.tokenizers.target, forced)
-    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[])] for _ in lines]
+    aligned = Alignment([], [], []) if how.alignments else None
+    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[], alignment=aligned)] for _ in lines]
     try:
         found = find([sources[row] for row in rows], search, limit)
     except DeadEndError as error:
