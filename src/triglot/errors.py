@@ -41,3 +41,8 @@ def require(holds: bool, name: str, rule: str, value: Any, error: type[ValueErro
     if not holds:
         told = str(value) if isinstance(value, (Path, StrEnum)) else value
         raise error(f"`{name}` must be {rule}, but is {told!r} instead.")
+
+
+def reason(error: Exception) -> str:
+    """What an error says beside the path that it is told of, which the system's own would say again."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
