@@ -374,6 +374,24 @@ def test_configs_are_frozen_and_take_keywords_only(kind):
     assert len(all_configs()) == 10
 
 
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ExpertOptions, {"num_experts": "4"}, "`num_experts` must be a whole number, but is '4' instead."),
+        (ExpertOptions, {"num_experts": 1}, "`top_k` must be at most num_experts (1), and is 2 unless it is given,"),
+        (ModelConfig, {"kind": "both"}, "`kind` must be encoder_decoder or decoder_only, but is 'both' instead."),
+        (ModelConfig, {"kind": "decoder_only", "d_model": 8.0}, "`d_model` must be a whole number, but is 8.0"),
+        (BlockOptions, {"activation": "tanh"}, "`activation` must be one of relu, gelu, gelu_tanh, silu, swiglu,"),
+        (BlockOptions, {"experts": 4}, "`experts` must be a triglot.config.ExpertOptions or None, but is 4 instead."),
+        (TrainConfig, {"betas": [0.9, 0.95]}, "`betas` must be a tuple, but is [0.9, 0.95] instead."),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_type_is_refused_in_words(kind, values, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        kind(**values)
+
+
 def test_dropout_left_out_is_filled_in_and_given_is_kept():
     filled = BlockOptions(attention_dropout=0.25).with_dropout(attention=0.0, embedding=0.5)
     assert (filled.attention_dropout, filled.embedding_dropout) == (0.25, 0.5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from triglot.errors import ConfigError, require
+from triglot.typed import require_type
 
 Norm = Literal["layer", "rms"]
 NormOrder = Literal["pre", "post"]
@@ -45,11 +46,13 @@ def _require(holds: bool, name: str, rule: str, value: Any) -> None:
 
 
 class Checked:
-    """A config whose values are checked by the rules of their types, and, in __post_init__, against each other."""
+    """A config whose values are checked by their types and the rules of these, in __post_init__ against each other."""
 
     def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
+            require_type(name.rstrip("_"), value, types[name])
             for rule in rules(hint) if value is not None else ():
                 holds = all(map(rule.holds, value)) if isinstance(value, tuple) else rule.holds(value)
                 _require(holds, name.rstrip("_"), rule.text, value)
@@ -104,7 +107,7 @@ class ExpertOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = f"at most num_experts ({self.num_experts})"
+        rule = f"at most num_experts ({self.num_experts}), and is 2 unless it is given"
         _require(self.top_k <= self.num_experts, "top_k", rule, self.top_k)
         single = self.top_k == 1 and (self.renormalize or self.router == "softmax_of_chosen")
         rule = "at least 2 where a token's weights sum to 1: a weight that is always 1 teaches a router nothing"

@@ -17,10 +17,10 @@ from triglot.data.prepare import Prepared, prepare
 from triglot.distributed.team import device_here
 from triglot.errors import ConfigError, require
 from triglot.generation.engine import Engine
-from triglot.generation.typed import typed
 from triglot.layers.packed import Precision
 from triglot.objective import Model, score_batches
 from triglot.tokenizer import Tokenizer, Tokenizers
+from triglot.typed import typed
 
 Split = Literal["valid", "test"]
 RESAMPLES = 1000

@@ -1,5 +1,6 @@
 """Runs side by side are told as they are: what they reached, what they are, and which of them can not be read."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -11,11 +12,11 @@ import torch
 from rich.console import Console
 
 from triglot.checkpoint import Progress, find_checkpoint, load_model, read_progress, save_checkpoint, step_name
-from triglot.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
+from triglot.config import BlockOptions, DataConfig, ExpertOptions, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from triglot.errors import ConfigError
 from triglot.files import at_work, is_at_work, write_json
 from triglot.insight.runs import Comparison, compare, find_runs, has_ended, read_run
-from triglot.models.factory import build_model, count_parameters
+from triglot.models.factory import build_model, count_active_parameters, count_parameters
 from triglot.recipe import to_dict
 from triglot.tokenizer import Tokenizer, Tokenizers
 
@@ -77,6 +78,16 @@ def test_a_run_is_told_with_what_it_reached(tmp_path):
         "best loss": "1.5000",
         "best bleu": "7.0000",
     }
+
+
+def test_of_experts_those_are_told_that_a_token_visits(tmp_path):
+    path = make_run(tmp_path / "run", [3.0])
+    config = load_model(path).config
+    options = BlockOptions(experts=ExpertOptions(num_experts=5))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
+    write_json(path / "config.json", to_dict(config))
+    count, active = (counted(build_model(config.model)) for counted in (count_parameters, count_active_parameters))
+    assert read_run(path, tmp_path).cells["parameters"] == f"{count:,} ({active:,} active)"
 
 
 def test_what_was_logged_after_the_last_checkpoint_counts_until_it_is_cut(tmp_path):

@@ -289,6 +289,8 @@ def test_refuses_a_mask_that_is_not_bool(layer, inputs, dtype, without_shape_che
 
 
 def test_refuses_a_width_its_heads_cannot_share():
+    with pytest.raises(ValueError, match="`d_model` must be at least 1, but is 0 instead"):
+        MultiHeadAttention(0, 3)
     with pytest.raises(ValueError, match=r"`d_model` must be divisible by num_heads \(3\), but is 32 instead\."):
         MultiHeadAttention(32, 3)
     with pytest.raises(ValueError, match=r"`num_kv_heads` must be a divisor of num_heads \(3\), but is 2 instead\."):

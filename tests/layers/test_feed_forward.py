@@ -80,5 +80,14 @@ def test_every_position_is_computed_alike():
     torch.testing.assert_close(layer(x.flip(1)), layer(x).flip(1), atol=2e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
+def test_refuses_what_it_can_not_be_made_of():
+    for name, arguments in {"d_model": (0, D_FF), "d_ff": (D_MODEL, 0)}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but is 0 instead"):
+            PointwiseFeedForward(*arguments)
+    with pytest.raises(ValueError, match="`activation` must be one of relu, .*, but is 'other' instead"):
+        PointwiseFeedForward(D_MODEL, D_FF, activation="other")
+
+
 def test_gating_halves_the_width():
     assert activate(torch.randn(3, 2 * D_FF), "swiglu").shape == (3, D_FF)

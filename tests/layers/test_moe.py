@@ -466,6 +466,8 @@ def test_dropout_acts_in_training_only(x):
         ({"k": 6}, r"`k` must be between 1 and num_experts \(5\), but is 6 instead\."),
         ({"k": 0}, r"`k` must be between 1 and num_experts \(5\), but is 0 instead\."),
         ({"num_experts": 0}, r"`num_experts` must be at least 1, but is 0 instead\."),
+        ({"hidden_dim": 0}, r"`hidden_dim` must be at least 1, but is 0 instead\."),
+        ({"expert_dim": -7}, r"`expert_dim` must be at least 1, but is -7 instead\."),
         ({"capacity_factor": 0.0}, r"`capacity_factor` must be above 0 and finite, or None, but is 0\.0 instead\."),
         ({"capacity_factor": math.inf}, r"`capacity_factor` must be above 0 and finite, or None, but is inf instead\."),
         ({"shared": -1}, r"`shared` must be at least 0, but is -1 instead\."),
@@ -479,10 +481,10 @@ def test_what_cannot_work_is_refused_in_the_constructor(arguments, message):
         MixtureOfExperts(**{"hidden_dim": WIDTH, "num_experts": EXPERTS, "expert_dim": INNER} | arguments)
 
 
-@pytest.mark.parametrize("name", ["router", "backend"])
+@pytest.mark.parametrize("name", ["router", "activation", "capacity_over", "backend"])
 @pytest.mark.usefixtures("without_shape_checks")
-def test_refuses_a_router_and_a_backend_that_it_does_not_have(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be one of .*, but is 'other' instead"):
+def test_refuses_a_choice_that_it_does_not_have(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, but is 'other' instead"):
         MixtureOfExperts(WIDTH, EXPERTS, INNER, **{name: "other"})
 
 

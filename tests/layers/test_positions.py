@@ -108,6 +108,11 @@ def test_each_row_can_stand_elsewhere():
         assert torch.equal(turned[row], alone[0])
 
 
+def test_sinusoids_refuse_no_width():
+    with pytest.raises(ValueError, match="`d_model` must be at least 1, but is 0 instead"):
+        PositionalEncoding(0)
+
+
 def test_rotation_refuses_odd_heads():
     with pytest.raises(ValueError, match="`head_dim` must be even with rotary positions, but is 11 instead."):
         RotaryPositions(11, 53)

@@ -19,12 +19,12 @@ from triglot.generation.options import Sampling, Searching, made
 from triglot.generation.ready import Ready, Tags
 from triglot.generation.results import Alternative, Generation, Hypothesis
 from triglot.generation.texts import Prompt, Stream
-from triglot.generation.typed import typed
 from triglot.generation.workers import Workers
 from triglot.interop.runs import load_any
 from triglot.layers.packed import Precision
 from triglot.objective import Model
 from triglot.tokenizer import Tokenizers
+from triglot.typed import typed
 
 
 @typed

@@ -21,8 +21,8 @@ from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Lengths
 from triglot.errors import ConfigError, require
 from triglot.generation.structured import Structured, json_schema_grammar, regex_grammar
-from triglot.generation.typed import require_types
 from triglot.tokenizer import Tokenizer
+from triglot.typed import require_types
 
 PastContext = Literal["error", "slide"]
 """What happens where a text outgrows the model's context: refuse, or go on from the last half of it."""

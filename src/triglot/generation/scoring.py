@@ -19,11 +19,11 @@ from triglot.data.dataset import Windows
 from triglot.errors import ConfigError, DataError, require
 from triglot.generation.log_probs import Row, log_probs
 from triglot.generation.ready import Tags, tags_of
-from triglot.generation.typed import typed
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import score_batches
 from triglot.tokenizer import Tokenizer, Tokenizers
+from triglot.typed import typed
 
 TooLong = Literal["error", "cut"]
 """What happens with a side of a pair that is longer than the model reads."""

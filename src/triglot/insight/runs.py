@@ -20,7 +20,7 @@ from triglot.errors import CheckpointError, ConfigError, require
 from triglot.files import is_at_work
 from triglot.insight.inspect import PIPED
 from triglot.manifest import read_manifest
-from triglot.models.factory import build_model, count_parameters
+from triglot.models.factory import build_model, count_active_parameters, count_parameters
 from triglot.recipe import flat, load_config, to_dict
 from triglot.training import samples
 from triglot.training.metrics import read_metrics
@@ -179,7 +179,9 @@ def _size(config: RunConfig) -> dict[str, str]:
     size = ""
     if config.model.vocab_size:  # it is known when the data is prepared
         with torch.device("meta"):  # shapes without memory
-            size = f"{count_parameters(build_model(config.model)):,}"
+            model = build_model(config.model)
+        count, active = count_parameters(model), count_active_parameters(model)
+        size = f"{count:,}" + (f" ({active:,} active)" if active < count else "")
     return {"kind": KINDS[config.model.kind], "parameters": size}
 
 

@@ -88,6 +88,7 @@ class MultiHeadAttention(nn.Module):
         scale: bool = True,
     ) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", "at least 1", d_model)
         require(num_heads >= 1, "num_heads", "at least 1", num_heads)
         require(0 <= dropout < 1, "dropout", "at least 0 and below 1", dropout)
         divisible = head_dim is not None or d_model % num_heads == 0

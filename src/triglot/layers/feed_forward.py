@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from triglot.errors import require
 from triglot.layers.dropout import Dropout
 from triglot.layers.linear import Linear, project
 
@@ -56,6 +57,9 @@ class PointwiseFeedForward(nn.Module):
         self, d_model: int, d_ff: int, dropout: float = 0.1, *, activation: Activation = "relu", bias: bool = True
     ) -> None:
         super().__init__()
+        for name, width in {"d_model": d_model, "d_ff": d_ff}.items():
+            require(width >= 1, name, "at least 1", width)
+        require(activation in PLAIN, "activation", f"one of {', '.join(PLAIN)}", activation)
         self.inner = Linear(d_model, 2 * d_ff if is_gated(activation) else d_ff, bias=bias)
         self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)

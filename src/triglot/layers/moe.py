@@ -77,11 +77,16 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         """`router` and the rest are as in `ExpertOptions`; `backend` None: the fastest for each call."""
         super().__init__()
-        require(num_experts >= 1, "num_experts", "at least 1", num_experts)
+        for name, number in {"hidden_dim": hidden_dim, "num_experts": num_experts, "expert_dim": expert_dim}.items():
+            require(number >= 1, name, "at least 1", number)
         require(1 <= k <= num_experts, "k", f"between 1 and num_experts ({num_experts})", k)
         fits = capacity_factor is None or 0 < capacity_factor < math.inf
         require(fits, "capacity_factor", "above 0 and finite, or None", capacity_factor)
         require(router in get_args(Router), "router", f"one of {', '.join(get_args(Router))}", router)
+        require(
+            activation in get_args(Activation), "activation", f"one of {', '.join(get_args(Activation))}", activation
+        )
+        require(capacity_over in ("batch", "sequence"), "capacity_over", "batch or sequence", capacity_over)
         known = backend is None or backend in BACKENDS
         require(known, "backend", f"one of {', '.join(BACKENDS)}, or None", backend)
         require(shared >= 0, "shared", "at least 0", shared)

@@ -30,6 +30,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, d_model: int, max_seq_length: int = 4096, dropout: float = 0.1) -> None:
         super().__init__()
+        require(d_model >= 1, "d_model", "at least 1", d_model)
         self.dropout = Dropout(dropout)
         self.register_buffer("table", sinusoids(max_seq_length, d_model), persistent=False)
 

@@ -287,12 +287,13 @@ class Trainer:
         new = (found.nll, found.smoothed, found.tokens)
         at.window = [total + value for total, value in zip(at.window, new, strict=True)]
         self.lap_tokens += found.tokens
+        differs = self.config.label_smoothing > 0 or self.config.r_drop is not None
         line: dict[str, Any] = {
             "kind": "train",
             "step": number,
             "epoch": at.epoch + at.index / self.feed.length,
             "loss": at.window[0] / at.window[2],
-            "smoothed": at.window[1] / at.window[2],
+            **({"smoothed": at.window[1] / at.window[2]} if differs else {}),
             "learning_rate": self.parallel.optimizer.param_groups[0]["lr"],
             "grad_norm": found.norm.item(),
             "tokens": at.tokens,

@@ -11,8 +11,8 @@ import pytest
 import triglot
 from triglot import checkpoint
 from triglot.errors import ConfigError, TriglotError
-from triglot.generation.typed import typed, words
 from triglot.models.factory import build_model
+from triglot.typed import typed, words
 
 LINES = ["one two", "", "drei"]
 
@@ -133,6 +133,7 @@ def test_types_are_called_by_words():
     assert words(Literal["a", "b", "c"]) == "one of a, b, c"
     assert words(Sequence[Sequence[float]]) == "a list of lists of numbers"
     assert words(Mapping[str, Any] | None) == "a dict or None"
+    assert words(tuple[int, int] | Path) == "a tuple or a path"
 
 
 def test_what_a_call_returns_and_is_called_stays():

@@ -20,6 +20,7 @@ WORDS: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "truths"),
     str: ("a text", "texts"),
     Path: ("a path", "paths"),
+    tuple: ("a tuple", "tuples"),
     type(None): ("None", ""),
 }
 """What one is called, and several are."""
@@ -76,7 +77,8 @@ def words(hint: Any, several: bool = False) -> str:
     if get_origin(hint) is Mapping:
         to = "" if parts[1] is Any else f" from {words(parts[0], several=True)} to {words(parts[1], several=True)}"
         return f"{'dicts' if several else 'a dict'}{to}"
-    return WORDS[hint][several] if hint in WORDS else f"a {hint.__module__}.{hint.__name__}"
+    kind = get_origin(hint) or hint
+    return WORDS[kind][several] if kind in WORDS else f"a {kind.__module__}.{kind.__name__}"
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
