@@ -128,6 +128,14 @@ def test_a_logged_loss_is_the_token_mean_over_the_steps_since_the_last_line(tmp_
     assert [line["loss"] for line in sparse.lines("train")] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("config", "told"), [({}, False), ({"label_smoothing": 0.1}, True), ({"r_drop": 1.0}, True)])
+def test_the_smoothed_loss_is_told_where_it_is_another_one(tmp_path, config, told):
+    run = Run(tmp_path, smoothing=0.1 if config else 0.0, **config)
+    run.fit()
+    assert {"smoothed" in line for line in run.lines("train")} == {told}
+    assert all(line["smoothed"] != line["loss"] for line in run.lines("train") if told)
+
+
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
     batches = list(Windows(3).epoch(0))
     whole = LanguageBatch(*(torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True)))
