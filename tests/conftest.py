@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import jaxtyping
 import pytest
 import torch
+from tests.foreign import family
+
+__all__ = ["family"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},

@@ -161,7 +161,7 @@ def common(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": options.rope_theta,
         "sliding_window": options.window,
         **({"use_sliding_window": options.window is not None, "max_window_layers": 0} if qwen else {}),
-        "attention_dropout": options.attention_dropout or 0.0,
+        "attention_dropout": options.attention_dropout,
         "tie_word_embeddings": options.tie_embeddings,
     }
 
