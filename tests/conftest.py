@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import jaxtyping
 import pytest
 import torch
-from tests.foreign import family
 
-__all__ = ["family"]
+from tests.foreign import family, marian
+
+__all__ = ["family", "marian"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},

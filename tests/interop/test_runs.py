@@ -1,5 +1,6 @@
 """Whoever has a checkpoint comes in, trains on, and leaves again for where the model is served."""
 
+import json
 import warnings
 from dataclasses import replace
 
@@ -68,12 +69,12 @@ def continued(folder, ends=None, **how):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
     model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     assert not any(told.values())
-    texts = []
+    texts, how = [], {} if ends is None else {"eos_token_id": ends}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, repetition_penalty=1.0,
-            temperature=None, top_k=None, top_p=None, pad_token_id=0, **({} if ends is None else {"eos_token_id": ends}),
+            temperature=None, top_k=None, top_p=None, pad_token_id=0, **how,
         )  # fmt: skip
         texts.append(tokenizer.decode(found[0, ids.size(1) :], skip_special_tokens=True))
     return texts
@@ -235,6 +236,51 @@ def test_the_command_line_converts_both_ways_and_overwrites_nothing(family, tmp_
         ["generate", str(tmp_path / "m.gguf"), "--prompt", "the dog", "--temperature", "0", "--max-new-tokens", "5"],
     )
     assert shown.exit_code == 0, shown.stderr
+
+
+def test_a_marian_folder_is_adapted_and_goes_on_to_ctranslate2(marian, trained, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    folder, (run, sources) = tmp_path / "theirs", trained
+    pad = len(load_tokens(marian)) - 1
+    torch.manual_seed(1)
+    config = transformers.MarianConfig(
+        vocab_size=pad + 1, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        scale_embedding=True, activation_function="swish", pad_token_id=pad, decoder_start_token_id=pad,
+        eos_token_id=0, forced_eos_token_id=None,
+    )  # fmt: skip
+    transformers.MarianMTModel(config).save_pretrained(folder)
+    for file in marian.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    to_run(folder, tmp_path / "import")
+    imported = load_model(tmp_path / "import").config
+    pairs = run.parent / "pairs.tsv"
+    adapted = RunConfig(
+        model=imported.model, data=DataConfig(kind="pairs", files=(str(pairs),), valid=0.1),
+        train=TrainConfig(
+            max_steps=80, warmup_steps=10, learning_rate=5e-3, batch_tokens=600, eval_every=80, samples=0,
+            precision="fp32", zero_start=True,
+        ),
+        init=InitConfig(from_=str(tmp_path / "import")),
+    )  # fmt: skip
+    train(adapted, tmp_path / "adapted", device="cpu")
+    engine = load(tmp_path / "adapted")
+    expected = [one[0].text for one in engine.translate(sources, beam=4, max_new_tokens=20)]
+    assert len(set(expected)) >= 4  # many words of theirs are unknown to that vocabulary
+    to_ctranslate2(tmp_path / "adapted", tmp_path / "ct2")
+    theirs = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu", compute_type="float32")
+    tokenizer = engine.tokenizers.target
+    rows = [[tokenizer.names[token] for token in ids] for ids in engine.tokenizers.source.encode_whole(sources)]
+    found = theirs.translate_batch(rows, beam_size=4, max_decoding_length=20, length_penalty=1.0)
+    ids = [[tokenizer.names.index(token) for token in one.hypotheses[0]] for one in found]
+    assert [tokenizer.decode(one) for one in ids] == expected
+    to_transformers(tmp_path / "adapted", tmp_path / "hf")
+    again = [one[0].text for one in load(tmp_path / "hf").translate(sources, beam=4, max_new_tokens=20)]
+    assert again == expected
+
+
+def load_tokens(folder):
+    return json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -67,6 +67,26 @@ def train_tokenizer(
     typer.echo(f"{tokenizer.vocab_size:,} tokens: {path}")
 
 
+class PublicData(StrEnum):
+    """Data that recipes are measured on."""
+
+    multi30k = "multi30k"
+
+
+@app.command()
+def data(
+    name: Annotated[PublicData, typer.Argument(help="Which.", show_default=False)],  # noqa: ARG001 there is one
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its files go.")] = Path("data/multi30k"),
+    from_hub: Annotated[bool, typer.Option("--from-hub", help="Download it from huggingface.co.")] = False,
+) -> None:
+    """Bring public data, as recipes read it; its content is checked."""
+    from triglot import hub
+
+    require(from_hub, "--from-hub", "given, since nothing is downloaded unless asked", False, ConfigError)
+    for path in hub.multi30k(out):
+        typer.echo(str(path))
+
+
 @app.command()
 def train(
     recipe: Annotated[
@@ -221,10 +241,14 @@ def convert(
     to: Annotated[To, typer.Option(help="Whose checkpoint to write; hf: transformers.")] = To.triglot,
     numbers: Annotated[Numbers, typer.Option(help="Of GGUF.")] = Numbers.q8_0,
     which: Which = "best",
+    from_hub: Annotated[bool, typer.Option("--from-hub", help="SRC is a name on huggingface.co: download it.")] = False,
 ) -> None:
     """Bring a checkpoint in as a run, or take a run out to where other engines serve it."""
+    from triglot import hub
     from triglot.interop import runs as interop
 
+    if from_hub:
+        source = hub.checkpoint(source.as_posix())
     match to:
         case To.triglot:
             interop.to_run(source, out)

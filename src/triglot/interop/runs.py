@@ -94,7 +94,8 @@ def to_ctranslate2(run: Path, out: Path, which: str = "best") -> None:
     _require_new(out)
     model, config, tokenizers = load_any(run, which)
     ids, target = tokenizers.target.ids, tokenizers.target.names
-    said = ctranslate2.Words(tokenizers.source.names, target, target[ids.start], target[ids.eos], target[0])
+    unknown = tokenizers.target.specials.get("unk_token") if isinstance(tokenizers.target, Foreign) else None
+    said = ctranslate2.Words(tokenizers.source.names, target, target[ids.start], target[ids.eos], unknown or target[0])
     ctranslate2.write(model, out, said)
     _write_files(out, words.of_ctranslate2(tokenizers, config))
 
