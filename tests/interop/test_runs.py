@@ -229,6 +229,16 @@ def test_the_command_line_converts_both_ways_and_overwrites_nothing(family, tmp_
     out = convert(tmp_path / "run", tmp_path / "ct2", "--to", "ctranslate2")
     assert out.exit_code == 0, out.stderr
     assert continued(tmp_path / "hf") == continued(folder)
+    assert convert(folder, tmp_path / "half", "--dtype", "bfloat16").exit_code == 0
+    assert convert(tmp_path / "half", tmp_path / "half-hf", "--to", "hf", "--dtype", "bfloat16").exit_code == 0
+    size = (tmp_path / "hf" / "model.safetensors").stat().st_size
+    assert (tmp_path / "half-hf" / "model.safetensors").stat().st_size < 0.6 * size
+    half, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half-hf", output_loading_info=True)
+    assert (half.dtype, any(told.values())) == (torch.bfloat16, False)
+    for word in ("--numbers", "--dtype"):
+        value = "F32" if word == "--numbers" else "float16"
+        refused = convert(folder, tmp_path / "none", "--to", "ctranslate2", word, value)
+        assert (refused.exit_code, word in refused.stderr) == (2, True)
     again = convert(tmp_path / "run", tmp_path / "hf", "--to", "hf")
     assert (again.exit_code, "`DST` must be new" in again.stderr) == (2, True)
     shown = CliRunner().invoke(
