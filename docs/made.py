@@ -5,9 +5,8 @@ as Markdown or as SVG, whose colours are those of assets/triglot.css in both of 
 """
 
 import ast
-import builtins
+import inspect
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -23,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def say(text: str) -> None:
-    """Print as the page's block prints: its `print` is the build's."""
-    frame = sys._getframe()
-    while frame.f_globals is globals() and frame.f_back:
+    """Print as the page's block prints: the build gives each block a `print` of its own."""
+    frame = inspect.currentframe()
+    while frame and "print" not in frame.f_globals:
         frame = frame.f_back
-    frame.f_globals.get("print", builtins.print)(text)
+    (frame.f_globals["print"] if frame else print)(text)
 
 
 # Source

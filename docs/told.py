@@ -1,0 +1,138 @@
+"""What the reference prints of the library itself: modules, commands, recipes, and the founding document's names."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from made import ROOT, say, table
+from typer.main import get_command
+
+import triglot
+from triglot.cli import app
+from triglot.models.document import translate_name
+
+VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+"""What stands for a value of a type that says no name of its own."""
+
+
+def public_names() -> None:
+    """Print what `import triglot` gives, with the first sentence of each docstring."""
+    rows = []
+    for name in triglot.__all__:
+        found = getattr(triglot, name)
+        sentence = re.split(r"(?<=[.:]) ", inspect.cleandoc(found.__doc__).replace("\n", " "))[0].rstrip(":")
+        rows.append([f"[`{name}`][{found.__module__}.{name}]", sentence, f"`{found.__module__}`"])
+    table(rows, ["name", "what it is", "where"])
+
+
+def modules(*names: str) -> None:
+    """Print the reference of modules; a package stands for all that are in it."""
+    for name in names:
+        inner = list(inner_modules(name))
+        if not inner or has_code(name):
+            say(f"\n::: {name}\n")
+        modules(*inner)
+
+
+def inner_modules(name: str) -> Iterator[str]:
+    """The modules of a package, not those of its packages."""
+    path = getattr(importlib.import_module(name), "__path__", [])
+    yield from sorted(one.name for one in pkgutil.iter_modules(path, f"{name}."))
+
+
+def has_code(package: str) -> bool:
+    found = importlib.import_module(package)
+    return any(getattr(one, "__module__", "") == package for one in vars(found).values())
+
+
+# The command line
+
+
+def commands() -> None:
+    """Print every command with its arguments and options, from its own help."""
+    for path, command in found_commands("triglot", get_command(app)):
+        given = [one for one in command.params if not one.opts[0].startswith("-")]
+        words = [one.metavar if one.required else f"[{one.metavar}]" for one in given]
+        say(f"\n## {path}\n\n```\n{' '.join([path, *words, '[OPTIONS]'])}\n```\n\n{command.help}\n")
+        hints = get_type_hints(command.callback)
+        table([option(one, hints[one.name]) for one in command.params], ["", "", "default"])
+
+
+def found_commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    inner = getattr(command, "commands", {})
+    if not inner:
+        yield path, command
+    for name in sorted(inner):
+        yield from found_commands(f"{path} {name}", inner[name])
+
+
+def option(one: Any, hint: Any) -> list[str]:
+    """An option's row: how it is written, its help, its default."""
+    kind = next((part for part in get_args(hint) if part is not NoneType), hint)
+    values = "|".join(str(each.value) for each in kind) if inspect.isclass(kind) and issubclass(kind, Enum) else ""
+    written = one.opts[0] if one.opts[0].startswith("-") else ""
+    if not getattr(one, "is_flag", False):
+        written = f"{written} {one.metavar or values or VALUES[kind]}".strip()
+    else:
+        written = "/".join([written, *one.secondary_opts])
+    default = one.default.value if isinstance(one.default, Enum) else one.default
+    shown = "" if default in (None, False, "") or one.show_default is False else f"`{default}`"
+    return [f"`{written}`", one.help or "", "required" if one.required else shown]
+
+
+# Recipes
+
+
+def recipes() -> None:
+    """Print the shipped recipes: what their first comment says, and the whole file."""
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        text = path.read_text(encoding="utf-8")
+        lead = re.match(r"(?:#.*\n)+", text)
+        assert lead, f"{path.name} begins without a comment that says what it is for"
+        said = re.sub(r"^# ?", "", lead[0], flags=re.MULTILINE)
+        say(f"\n## {path.stem}\n\n{said}\n```toml\n{text[lead.end() :].strip()}\n```\n")
+
+
+# The founding document's names
+
+
+def signature(path: str) -> str:
+    """How a public name of ours is called: names and defaults, without types."""
+    found: Any = triglot
+    for part in path.split("."):
+        found = getattr(found, part)
+    shown, keyword_only = [], False
+    for one in inspect.signature(found).parameters.values():
+        if one.name == "self":
+            continue
+        if one.kind is one.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            shown.append("*")
+        default = "" if one.default is one.empty else f"={one.default!r}"
+        shown.append(one.name + ("=…" if len(default) > 12 else default))
+    return f"({', '.join(shown)})"
+
+
+def names(document: str) -> None:
+    """Print a table of the document's names: lines `theirs | ours | what is different`, ours with its whole call form.
+
+    Ours is a public name, or a text in parentheses where there is none.
+    """
+    rows = []
+    for line in document.strip().splitlines():
+        theirs, ours, different = (part.strip() for part in line.split("|"))
+        if not ours.startswith("("):
+            ours = f"`{ours}{signature(ours)}`"
+        rows.append([f"`{theirs}`", ours, different])
+    table(rows, ["in the document", "here", "what is different"])
+
+
+def weights(document: str) -> None:
+    """Print what tensors that the document's code saved are called here."""
+    table([[f"`{name}`", f"`{translate_name(name)}`"] for name in document.split()], ["saved as", "here"])
