@@ -7,6 +7,7 @@ as Markdown or as SVG, whose colours are those of assets/triglot.css in both of 
 import ast
 import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triglot.insight.inspect import Part, recording
+from triglot.insight.inspect import Part, Shape, recording
 from triglot.insight.runs_page import ticks
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def docstring(node: Any) -> set[int]:
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> None:
     """Print a table; columns of numbers stand to the right, floats have four digits."""
     rows = list(rows)
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
+    right = [all(row[i] == "" or isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
     lines = [list(head), ["--:" if one else "---" for one in right], *([written(cell) for cell in row] for row in rows)]
     say("\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
 
@@ -111,7 +112,9 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> None:
 def written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", "\\|")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", str(value))  # in code a line is no column's end
 
 
 def shapes(module: nn.Module, *inputs: Any, **arguments: Any) -> None:
@@ -123,18 +126,16 @@ def shapes(module: nn.Module, *inputs: Any, **arguments: Any) -> None:
     module.train(training)
     tree.name = type(module).__name__
     given = ", ".join(f"[{', '.join(map(str, one.shape))}]" for one in inputs if isinstance(one, Tensor))
-    table([["*given*", "", given, ""], *parts(tree, 0)], ["module", "kind", "shape", "parameters"])
+    table([["*given*", given, ""], *parts(tree, 0)], ["module", "shape", "parameters"])
 
 
-def parts(part: Part, depth: int) -> list[list[str]]:
+def parts(part: Part, depth: int) -> list[list[Any]]:
     """A row for what comes out of a part and one for each tensor inside; then those of its parts, alike ones once."""
     outer = [one for one in part.shapes if not one.what]
     into = "&emsp;" * depth
-    size = f"{part.parameters:,}" if part.parameters else ""
-    rows = [
-        [f"{into}`{part.name}`", part.kind if part.kind != part.name else "", str(outer[-1] if outer else ""), size]
-    ]
-    rows += [[f"{into}&emsp;*{one.what}*", "", str(one), ""] for one in part.shapes if one.what]
+    kind = f" {part.kind}" if part.kind not in ("", part.name) else ""
+    rows = [[f"{into}`{part.name}`{kind}", kept(outer[-1]) if outer else "", part.parameters or ""]]
+    rows += [[f"{into}&emsp;*{one.what}*", kept(one), ""] for one in part.shapes if one.what]
     told: list[Part] = []
     for below in part.parts:
         same = next((one for one in told if below.name.isdigit() and one.alike(below)), None)
@@ -142,8 +143,13 @@ def parts(part: Part, depth: int) -> list[list[str]]:
             told.append(below)
             rows += parts(below, depth + 1)
         else:
-            rows.append([f"{into}&emsp;`{below.name}`", "", f"as `{same.name}`", f"{below.parameters:,}"])
+            rows.append([f"{into}&emsp;`{below.name}`", f"as `{same.name}`", below.parameters])
     return rows
+
+
+def kept(shape: Shape) -> str:
+    """A shape whose lines break between axes only."""
+    return "[" + ", ".join(f"{name}&nbsp;{size}" for name, size in shape.axes) + "]"
 
 
 # Pictures
@@ -179,18 +185,20 @@ def heatmap(
     _, high, wide = maps.shape
     below, beside = [str(one) for one in columns or range(wide)], [str(one) for one in rows or range(high)]
     size = 34 if numbers else max(6, min(22, 420 // wide))
-    left, top, head = 4, 4, 16 if names or len(maps) > 1 else 0
-    if size >= 10:  # else names would lie over one another
-        longest = max(map(len, below))
-        left, top = 8 + 7 * max(map(len, beside)), 8 + 6 * longest if longest > 2 else 16
+    longest = max(map(len, below))
+    upright = longest * 7 > size and not all(name.isdigit() for name in below)
+    apart = math.ceil((12 if upright else 7 * longest + 4) / size)  # so that names do not lie over one another
+    left, top = 8 + 7 * max(map(len, beside)), 8 + 7 * longest if upright else 16
+    head = 16 if names or len(maps) > 1 else 0
     body = []
     for number, one in enumerate(maps):
         x, y = number * (left + wide * size + 8) + left, head + top
         if head:
             body.append(word(x, 12, names[number] if names else f"head {number + 1}", "start"))
-        if size >= 10:
-            body += [word(x - 4, y + (i + 0.5) * size + 4, name, "end") for i, name in enumerate(beside)]
-            body += [over(x + (i + 0.5) * size, y - 4, name) for i, name in enumerate(below)]
+        for i in range(0, high, math.ceil(12 / size)):
+            body.append(word(x - 4, y + (i + 0.5) * size + 4, beside[i], "end"))
+        for i in range(0, wide, apart):
+            body.append(over(x + (i + 0.5) * size, y - 4, below[i], upright))
         told = [[f"{row} → {column}" for column in below] for row in beside]
         body += cells(one, mask, x, y, size, told, numbers)
     figure(title, len(maps) * (left + wide * size + 8), head + top + high * size + 4, "".join(body))
@@ -228,9 +236,8 @@ def word(x: float, y: float, text: str, anchor: str, kind: str = "name") -> str:
     return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def over(x: float, y: float, text: str) -> str:
-    """A column's name, upright where it is long."""
-    if len(text) <= 2:
+def over(x: float, y: float, text: str, upright: bool) -> str:
+    if not upright:
         return word(x, y, text, "middle")
     return f'<text transform="translate({x + 4:g} {y:g}) rotate(-90)">{escape(text)}</text>'
 

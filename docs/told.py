@@ -120,17 +120,14 @@ def signature(path: str) -> str:
 
 
 def names(document: str) -> None:
-    """Print a table of the document's names: lines `theirs | ours | what is different`, ours with its whole call form.
+    """Print the document's names, of lines `theirs | ours | what is different`, beside ours with its whole call form.
 
     Ours is a public name, or a text in parentheses where there is none.
     """
-    rows = []
     for line in document.strip().splitlines():
         theirs, ours, different = (part.strip() for part in line.split("|"))
-        if not ours.startswith("("):
-            ours = f"`{ours}{signature(ours)}`"
-        rows.append([f"`{theirs}`", ours, different])
-    table(rows, ["in the document", "here", "what is different"])
+        ours = ours[1:-1] if ours.startswith("(") else f"`{ours}{signature(ours)}`"
+        say(f"\n`{theirs}`\n:   → {ours}" + f"<br>{different}" * bool(different))
 
 
 def weights(document: str) -> None:
