@@ -65,7 +65,8 @@ def code_lines(module: str, name: str) -> int:
 
 def found(module: str, name: str) -> tuple[Path, str, Any]:
     """The file, its text and the node of the syntax tree that `name` is."""
-    path = (ROOT / "src").joinpath(*module.split(".")).with_suffix(".py")
+    base = ROOT / "src" if module.split(".")[0] == "triglot" else ROOT
+    path = base.joinpath(*module.split(".")).with_suffix(".py")
     if not path.is_file():
         path = path.with_suffix("") / "__init__.py"
     text = path.read_text(encoding="utf-8")

@@ -5,17 +5,21 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+import torch
 from made import ROOT, say, table
 from typer.main import get_command
 
 import triglot
 from triglot.cli import app
 from triglot.models.document import translate_name
+from triglot.models.factory import build_model, count_parameters
+from triglot.recipe import load_recipe
 
 VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 """What stands for a value of a type that says no name of its own."""
@@ -133,3 +137,13 @@ def names(document: str) -> None:
 def weights(document: str) -> None:
     """Print what tensors that the document's code saved are called here."""
     table([[f"`{name}`", f"`{translate_name(name)}`"] for name in document.split()], ["saved as", "here"])
+
+
+def size_of(recipe: str) -> None:
+    """Print how large a recipe's model is, before any data is read."""
+    found = load_recipe(ROOT / "recipes" / f"{recipe}.toml")
+    config, vocab = found.model, found.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = build_model(replace(config, vocab_size=vocab, src_vocab_size=vocab))
+    shape = f"{config.num_layers} layers of width {config.d_model} with {config.num_heads} heads"
+    say(f"`{recipe}` is a model of {shape}: {count_parameters(model):,} parameters with {vocab:,} pieces of text.\n")
