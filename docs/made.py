@@ -5,12 +5,16 @@ as Markdown or as SVG, whose colours are those of assets/triglot.css in both of 
 """
 
 import ast
+import importlib
 import inspect
 import math
+import operator
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -97,6 +101,34 @@ def docstring(node: Any) -> set[int]:
         if isinstance(inner, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(inner)
         for number in range(inner.body[0].lineno, inner.body[0].end_lineno + 1)
     }
+
+
+class Broken:
+    """A context in which a function, whoever has imported it, runs by other code than its own."""
+
+    def __init__(self, function: Any, code: CodeType) -> None:
+        self.function, self.code = function, code
+
+    def __enter__(self) -> None:
+        self.function.__code__, self.code = self.code, self.function.__code__
+
+    def __exit__(self, *_: object) -> None:
+        self.__enter__()
+
+
+def broken(module: str, name: str, line: str, wrong: str) -> Broken:
+    """Print as a diff how `line` of a function is spoiled; in the context that is returned, it runs with `wrong`."""
+    path, text, node = found(module, name)
+    first, last = extent(node)
+    at = [number for number in range(first, last + 1) if text.splitlines()[number - 1].strip() == line]
+    if len(at) != 1:
+        raise LookupError(f"{name} has {len(at)} lines {line!r}")
+    say(f'\n````diff title="{path.relative_to(ROOT)}, line {at[0]}"\n- {line}\n+ {wrong}\n````\n')
+    function = inspect.unwrap(operator.attrgetter(name)(importlib.import_module(module)))
+    code = textwrap.dedent("\n".join(text.splitlines()[first - 1 : last])).replace(line, wrong)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(path), "exec"), function.__globals__, names)
+    return Broken(function, names[node.name].__code__)
 
 
 # Tables

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from triglot import BlockOptions, DecoderLLM, Tokenizer, Transformer, create_padding_mask
+from triglot import BlockOptions, DecoderLLM, Encoder, Tokenizer, Transformer, create_padding_mask
 from triglot.config import TrainConfig
 from triglot.data.batch import Batch, PairBatch, padded, pair_batch
 from triglot.data.dataset import Packed
 from triglot.data.phrases import Part, examples
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
+from triglot.layers.initialise import xavier
 from triglot.objective import Objective, score_batches
 from triglot.training.optim import learning_rate, make_optimizer
 from triglot.training.session import threads
@@ -50,6 +52,48 @@ def learn(model: Transformer | DecoderLLM, batches: Sequence[Batch], *, rate: fl
 def smooth(losses: Sequence[float], over: int = 10) -> list[float]:
     """Means over so many losses at a time."""
     return [sum(losses[at : at + over]) / over for at in range(0, len(losses) - over + 1, over)]
+
+
+# Symbols, to be mirrored
+
+
+class Mirror(nn.Module):
+    """An encoder that is asked, at each place, for the symbol that stands as far from the other end."""
+
+    symbols, places = 32, 8
+
+    def __init__(self, d_model: int = 32, num_layers: int = 1, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": 1, "d_ff": 2 * d_model}
+        chosen = BlockOptions(**options)
+        self.encoder = Encoder(self.symbols, **sizes, max_seq_length=self.places, dropout=0.0, options=chosen)
+        self.projection = nn.Linear(d_model, self.symbols)
+        xavier(self, embedding_std=d_model**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(self.encoder(x).x)
+
+
+def rows_of_symbols(seed: int, rows: int) -> Tensor:
+    """Rows of eight symbols, no two of a row alike."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, Mirror.symbols, generator=draw).argsort(1)[:, : Mirror.places]
+
+
+def learn_to_mirror(model: Mirror, steps: int, rate: float = 5e-3) -> list[float]:
+    """Train by plain Adam, at the same rate from the first step to the last; the loss of each step."""
+    optimizer, losses = torch.optim.Adam(model.parameters(), rate), []
+    with threads(1):
+        for step in range(steps):
+            x = rows_of_symbols(step, 32)
+            loss = F.cross_entropy(model(x).flatten(0, 1), x.flip(1).flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    model.eval()
+    return losses
 
 
 # Digits, to be written backwards
