@@ -210,12 +210,13 @@ def heatmap(
     """Print a matrix [rows, columns], or several [heads, rows, columns] beside one another, as cells.
 
     A bool matrix is a mask: full cells may attend, empty ones may not. Where `mask` is False there is a dot. Numbers
-    below 0 have a colour of their own. With `numbers`, cells tell their values; else they do when pointed at. `names`
-    stand over the matrices.
+    below 0 have a colour of their own; several matrices share their scale. With `numbers`, cells tell their values; else
+    they do when pointed at. `names` stand over the matrices.
     """
     maps = values.detach().cpu()
     maps = maps[None] if maps.dim() == 2 else maps
     _, high, wide = maps.shape
+    most = maps.float().abs().max().item() or 1.0
     below, beside = [str(one) for one in columns or range(wide)], [str(one) for one in rows or range(high)]
     size = 34 if numbers else max(6, min(22, 420 // wide))
     longest = max(map(len, below))
@@ -233,14 +234,20 @@ def heatmap(
         for i in range(0, wide, apart):
             body.append(over(x + (i + 0.5) * size, y - 4, below[i], upright))
         told = [[f"{row} → {column}" for column in below] for row in beside]
-        body += cells(one, mask, x, y, size, told, numbers)
+        body += cells(one, most, mask, x, y, size, told, numbers)
     figure(title, len(maps) * (left + wide * size + 8), head + top + high * size + 4, "".join(body))
 
 
 def cells(
-    values: Tensor, mask: Tensor | None, left: int, top: int, size: int, told: list[list[str]], numbers: bool
+    values: Tensor,
+    most: float,
+    mask: Tensor | None,
+    left: int,
+    top: int,
+    size: int,
+    told: list[list[str]],
+    numbers: bool,
 ) -> list[str]:
-    most = values.float().abs().max().item() or 1.0
     shown = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand_as(values)
     drawn = []
     for row, line in enumerate(values):
