@@ -210,8 +210,8 @@ def heatmap(
     """Print a matrix [rows, columns], or several [heads, rows, columns] beside one another, as cells.
 
     A bool matrix is a mask: full cells may attend, empty ones may not. Where `mask` is False there is a dot. Numbers
-    below 0 have a colour of their own; several matrices share their scale. With `numbers`, cells tell their values; else
-    they do when pointed at. `names` stand over the matrices.
+    below 0 have a colour of their own; several matrices share their scale. With `numbers`, cells tell their values;
+    else they do when pointed at. `names` stand over the matrices.
     """
     maps = values.detach().cpu()
     maps = maps[None] if maps.dim() == 2 else maps
