@@ -120,7 +120,8 @@ def broken(module: str, name: str, line: str, wrong: str) -> Broken:
     """Print as a diff how `line` of a function is spoiled; in the context that is returned, it runs with `wrong`."""
     path, text, node = found(module, name)
     first, last = extent(node)
-    at = [number for number in range(first, last + 1) if text.splitlines()[number - 1].strip() == line]
+    inside = list(enumerate(text.splitlines()[first - 1 : last], first))
+    at = [number for number, one in inside if one.strip().partition("  # ")[0] == line]
     if len(at) != 1:
         raise LookupError(f"{name} has {len(at)} lines {line!r}")
     say(f'\n````diff title="{path.relative_to(ROOT)}, line {at[0]}"\n- {line}\n+ {wrong}\n````\n')
