@@ -221,7 +221,7 @@ def heatmap(
     below, beside = [str(one) for one in columns or range(wide)], [str(one) for one in rows or range(high)]
     size = 34 if numbers else max(6, min(22, 420 // wide))
     longest = max(map(len, below))
-    upright = longest * 7 > size and not all(name.isdigit() for name in below)
+    upright = longest * 7 + 4 > size and not all(name.isdigit() for name in below)
     apart = math.ceil((12 if upright else 7 * longest + 4) / size)  # so that names do not lie over one another
     left, top = 8 + 7 * max(map(len, beside)), 8 + 7 * longest if upright else 16
     head = 16 if names or len(maps) > 1 else 0
