@@ -14,8 +14,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 
 def on_config(config: Any) -> Any:
     """Pages' blocks say `from made import …`; `guide/` stands for the pages in it, by their names."""
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(path) for path in (HERE, HERE.parent) if str(path) not in sys.path]
     config.nav = [expanded(entry) for entry in config.nav]
     return config
 
@@ -25,7 +24,8 @@ def expanded(entry: Any) -> Any:
         return entry
     [(title, value)] = entry.items()
     if isinstance(value, str) and value.endswith("/"):
-        value = [path.relative_to(HERE).as_posix() for path in sorted((HERE / value).glob("*.md"))]
+        pages = sorted((HERE / value).glob("*.md"), key=lambda path: (path.stem != "index", path.name))
+        value = [path.relative_to(HERE).as_posix() for path in pages]
     return {title: value}
 
 

@@ -81,11 +81,12 @@ def rows_of_symbols(seed: int, rows: int) -> Tensor:
     return torch.rand(rows, Mirror.symbols, generator=draw).argsort(1)[:, : Mirror.places]
 
 
-def learn_to_mirror(model: Mirror, steps: int, rate: float = 5e-3) -> list[float]:
-    """Train by plain Adam, at the same rate from the first step to the last; the loss of each step."""
+def learn_to_mirror(model: Mirror, steps: int, rate: float = 5e-3, warmup: int = 1) -> list[float]:
+    """Train by plain Adam, at the same rate from step `warmup` to the last; the loss of each step."""
     optimizer, losses = torch.optim.Adam(model.parameters(), rate), []
     with threads(1):
         for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / warmup)
             x = rows_of_symbols(step, 32)
             loss = F.cross_entropy(model(x).flatten(0, 1), x.flip(1).flatten())
             optimizer.zero_grad()
