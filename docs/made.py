@@ -189,13 +189,17 @@ def kept(shape: Shape) -> str:
 # Pictures
 
 
-def figure(title: str, width: float, height: float, body: str, caption: str = "") -> None:
-    """Print an SVG of its natural size, or as wide as the page where that is narrower."""
+def drawing(title: str, width: float, height: float, body: Sequence[str]) -> str:
+    """An SVG of its natural size, or as wide as the page where that is narrower."""
     name = escape(title)
     box = f'viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px"'
-    drawn = f'<svg {box} role="img" aria-label="{name}"><title>{name}</title>{body}</svg>'
-    below = f"<figcaption>{name}{caption}</figcaption>"
-    say(f'\n<figure class="made"><div class="scroll">{drawn}</div>{below}</figure>\n')
+    return f'<svg {box} role="img" aria-label="{name}"><title>{name}</title>{"".join(body)}</svg>'
+
+
+def figure(title: str, *drawings: str, caption: str = "") -> None:
+    """Print drawings, beside one another where the page is wide enough, and what they show."""
+    below = f"<figcaption>{escape(title)}{caption}</figcaption>"
+    say(f'\n<figure class="made"><div class="drawn">{"".join(drawings)}</div>{below}</figure>\n')
 
 
 def heatmap(
@@ -225,18 +229,19 @@ def heatmap(
     apart = math.ceil((12 if upright else 7 * longest + 4) / size)  # so that names do not lie over one another
     left, top = 8 + 7 * max(map(len, beside)), 8 + 7 * longest if upright else 16
     head = 16 if names or len(maps) > 1 else 0
-    body = []
+    told = [[f"{row} → {column}" for column in below] for row in beside]
+    drawings = []
     for number, one in enumerate(maps):
-        x, y = number * (left + wide * size + 8) + left, head + top
-        if head:
-            body.append(word(x, 12, names[number] if names else f"head {number + 1}", "start"))
+        name, y = names[number] if names else f"head {number + 1}", head + top
+        body = [word(left, 12, name, "start")] if head else []
         for i in range(0, high, math.ceil(12 / size)):
-            body.append(word(x - 4, y + (i + 0.5) * size + 4, beside[i], "end"))
+            body.append(word(left - 4, y + (i + 0.5) * size + 4, beside[i], "end"))
         for i in range(0, wide, apart):
-            body.append(over(x + (i + 0.5) * size, y - 4, below[i], upright))
-        told = [[f"{row} → {column}" for column in below] for row in beside]
-        body += cells(one, most, mask, x, y, size, told, numbers)
-    figure(title, len(maps) * (left + wide * size + 8), head + top + high * size + 4, "".join(body))
+            body.append(over(left + (i + 0.5) * size, y - 4, below[i], upright))
+        body += cells(one, most, mask, left, y, size, told, numbers)
+        label = f"{title}: {name}" if head else title
+        drawings.append(drawing(label, left + wide * size + 8, y + high * size + 4, body))
+    figure(title, *drawings)
 
 
 def cells(
@@ -320,7 +325,8 @@ def lines(
     for number, line in enumerate(drawn.values(), 1):
         points = " ".join("{},{}".format(*place(*point)) for point in line)
         body.append(f'<polyline class="s{number}" points="{points}"/>')
-    figure(title, width, height, "".join(body), legend(list(drawn)) if len(drawn) > 1 else "")
+    caption = legend(list(drawn)) if len(drawn) > 1 else ""
+    figure(title, drawing(title, width, height, body), caption=caption)
 
 
 def legend(names: Sequence[str]) -> str:
@@ -344,4 +350,4 @@ def bars(values: Mapping[str, float], title: str = "", *, unit: str = "") -> Non
         box = f'x="{x:.1f}" y="{y + 3}" width="{max(wide, 0.5):.1f}" height="{high - 6}"'
         body.append(f'<rect class="{kind}" {box}/>')
         body.append(word(max(x + wide, zero) + 5, y + 15, f"{written(value)} {unit}".strip(), "start"))
-    figure(title, left + room + 70 + 6 * len(unit), len(numbers) * high + 4, "".join(body))
+    figure(title, drawing(title, left + room + 70 + 6 * len(unit), len(numbers) * high + 4, body))
