@@ -136,6 +136,11 @@ def backwards(model: Transformer, rows: Sequence[Sequence[int]], longest: int = 
     return [[token for token in text.ids if token != EOS] for text in found]
 
 
+def right(model: Transformer, rows: Sequence[Sequence[int]]) -> int:
+    """How many of these rows the model writes backwards without a mistake."""
+    return sum(written == row[::-1] for row, written in zip(rows, backwards(model, rows), strict=True))
+
+
 # Number words, letter by letter
 
 
