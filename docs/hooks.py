@@ -1,4 +1,4 @@
-"""What the build does beside mkdocs: formulas become MathML, `made` can be imported, a folder in `nav` is its pages."""
+"""What the build does beside mkdocs: formulas become MathML, and `made` can be imported."""
 
 import html
 import re
@@ -13,20 +13,9 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 
 
 def on_config(config: Any) -> Any:
-    """Pages' blocks say `from made import …`; `guide/` stands for the pages in it, by their names."""
+    """Pages' blocks say `from made import …`, and what lies beside docs/ can be imported, too."""
     sys.path[:0] = [str(path) for path in (HERE, HERE.parent) if str(path) not in sys.path]
-    config.nav = [expanded(entry) for entry in config.nav]
     return config
-
-
-def expanded(entry: Any) -> Any:
-    if not isinstance(entry, dict):
-        return entry
-    [(title, value)] = entry.items()
-    if isinstance(value, str) and value.endswith("/"):
-        pages = sorted((HERE / value).glob("*.md"), key=lambda path: (path.stem != "index", path.name))
-        value = [path.relative_to(HERE).as_posix() for path in pages]
-    return {title: value}
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -10,8 +10,8 @@ BLOCK = re.compile(r'^( *)```python([^\n]*\bexec="true"[^\n]*)\n(.*?)^\1```', re
 
 def run(page: Path) -> None:
     """Run a page's blocks in order; those of a session share their names."""
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.insert(0, str(Path(__file__).parent))
+    here = Path(__file__).resolve().parent
+    sys.path[:0] = [str(path) for path in (here, here.parent) if str(path) not in sys.path]
     text = page.read_text(encoding="utf-8")
     sessions: dict[str, dict[str, Any]] = {}
     for found in BLOCK.finditer(text):

@@ -12,10 +12,11 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import torch
-from made import ROOT, say, table
+from made import ROOT, extent, found, say, table
 from typer.main import get_command
 
 import triglot
+from benchmarks.reading import count
 from triglot.cli import app
 from triglot.models.document import translate_name
 from triglot.models.factory import build_model, count_parameters
@@ -147,3 +148,68 @@ def size_of(recipe: str) -> None:
         model = build_model(replace(config, vocab_size=vocab, src_vocab_size=vocab))
     shape = f"{config.num_layers} layers of width {config.d_model} with {config.num_heads} heads"
     say(f"`{recipe}` is a model of {shape}: {count_parameters(model):,} parameters with {vocab:,} pieces of text.\n")
+
+
+# Readability
+
+PATH = {
+    "layers/attention.py": "scaled dot products, several heads",
+    "layers/masks.py": "who may attend to whom",
+    "layers/positions.py": "where a token stands",
+    "layers/feed_forward.py": "what happens at each position",
+    "layers/norm.py": "norms, and the residual connection around every sublayer",
+    "layers/embedding.py": "tokens to vectors",
+    "layers/initialise.py": "weights before training",
+    "layers/moe.py": "the mixture of experts",
+    "layers/routing.py": "which expert computes which token",
+    "blocks.py": "the body of all blocks",
+    "models/stack.py": "blocks over one another",
+    "models/encoder_decoder.py": "`Transformer`",
+    "models/decoder_only.py": "`DecoderLLM`",
+    "losses.py": "what training minimises",
+}
+"""What one reads to know the three models, in this order."""
+
+
+def reading_path() -> tuple[int, int]:
+    """Print the files of the reading path with their lines; all lines, and lines of code."""
+    source = ROOT / "src" / "triglot"
+    rows = [[f"`{name}`", why, whole_lines(source / name), count(source / name)] for name, why in PATH.items()]
+    whole, code = (sum(row[at] for row in rows) for at in (2, 3))
+    table([*rows, ["**together**", "", whole, code]], ["", "", "lines", "of code"])
+    return whole, code
+
+
+def by_package() -> tuple[int, int]:
+    """Print the lines of `src` by package, the largest first; all lines, and lines of code."""
+    source = ROOT / "src" / "triglot"
+    rows = []
+    for path in sorted(source.iterdir()):
+        files = list(path.rglob("*.py")) if path.is_dir() else [path] * (path.suffix == ".py")
+        if files:
+            sizes = [sum(map(one, files)) for one in (whole_lines, count)]
+            rows.append([f"`{path.name}{'/' * path.is_dir()}`", len(files), *sizes])
+    rows.sort(key=lambda row: -row[3])
+    files, whole, code = (sum(row[at] for row in rows) for at in (1, 2, 3))
+    table([["**together**", files, whole, code], *rows], ["", "files", "lines", "of code"])
+    return whole, code
+
+
+def whole_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def questions(text: str) -> None:
+    """Print questions, each with its answer and the places that give it folded away.
+
+    `text` has three lines for each: the question, the answer, and the places as `module:name`; a place that does not
+    exist ends the build.
+    """
+    blocks = [block.splitlines() for block in text.strip().split("\n\n")]
+    for number, (question, answer, places) in enumerate(blocks, 1):
+        shown = []
+        for place in places.split():
+            module, name = place.split(":")
+            path, _, node = found(module, name)
+            shown.append(f"`{path.relative_to(ROOT / 'src' / 'triglot')}` line {extent(node)[0]}, `{name}`")
+        say(f'\n??? question "{number}. {question}"\n\n    {answer}\n\n    {"; ".join(shown)}\n')

@@ -103,11 +103,7 @@ def test_the_navigation_has_every_page_and_no_other():
 
     def pages(entry: Any) -> list[str]:
         if isinstance(entry, str):
-            return (
-                sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / entry).glob("*.md"))
-                if entry.endswith("/")
-                else [entry]
-            )
+            return [entry]
         return [page for inner in (entry.values() if isinstance(entry, dict) else entry) for page in pages(inner)]
 
     found = pages(nav)
@@ -153,7 +149,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
     out = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(out)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
+        [sys.executable, "-c", OFFLINE, str(out)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "WARNING" not in done.stdout + done.stderr
@@ -180,7 +176,7 @@ class Loads(HTMLParser):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_site_is_built_offline_and_without_warnings(site):
     assert {path.relative_to(site).with_suffix(".md").as_posix() for path in site.rglob("*.html")} >= {
         page.removeprefix("docs/") for page in PAGES
