@@ -1,4 +1,4 @@
-"""What docs/how-to-write-a-recipe.md must hold: every key with its default, and recipes that are recipes."""
+"""What docs/how-to/write-a-recipe.md must hold: every key with its default, and recipes that are recipes."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ import pytest
 from triglot.config import BlockOptions, ExpertOptions, RopeScaling, RunConfig
 from triglot.recipe import from_dict
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "how-to-write-a-recipe.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[1] / "docs" / "how-to" / "write-a-recipe.md").read_text(encoding="utf-8")
 SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "seed"} | {
     "model.options": BlockOptions,
     "model.options.rope_scaling": RopeScaling,
