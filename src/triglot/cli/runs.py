@@ -75,7 +75,7 @@ class PublicData(StrEnum):
 
 @app.command()
 def data(
-    name: Annotated[PublicData, typer.Argument(help="Which.", show_default=False)],  # noqa: ARG001 there is one
+    name: Annotated[PublicData, typer.Argument(metavar="NAME", help="Which: multi30k.", show_default=False)],  # noqa: ARG001 there is one
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where its files go.")] = Path("data/multi30k"),
     from_hub: Annotated[bool, typer.Option("--from-hub", help="Download it from huggingface.co.")] = False,
 ) -> None:
