@@ -43,7 +43,7 @@ def by_ctranslate2(folder: Path, words: Path, lines: Sequence[str], beam: int) -
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(words / "tokenizer.json"))
     engine = ctranslate2.Translator(str(folder), compute_type="float32", intra_threads=torch.get_num_threads())
     rows = [tokenizer.convert_ids_to_tokens(tokenizer(line).input_ids) for line in lines]
-    how: dict[str, Any] = {"beam_size": beam, "max_decoding_length": LENGTH, "max_batch_size": BATCH, "patience": 2.0}
+    how: dict[str, Any] = {"beam_size": beam, "max_decoding_length": LENGTH, "max_batch_size": BATCH, "patience": 10.0}
     found = engine.translate_batch(rows, **how)
     ids = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
     return [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
