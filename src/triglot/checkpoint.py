@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triglot.config import RunConfig
-from triglot.errors import CheckpointError, ConfigError, DamagedError, require
+from triglot.errors import CheckpointError, ConfigError, DamagedError, reason, require
 from triglot.files import sync, write_json
 from triglot.manifest import find_damage, read_manifest, verified, write_manifest
 from triglot.models.decoder_only import DecoderLLM
@@ -137,7 +137,7 @@ def save_checkpoint(
         _rename(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} could not be written: {error}") from error
+        raise CheckpointError(f"{folder} could not be written: {reason(error)}") from error
     return folder
 
 

@@ -324,7 +324,7 @@ def test_more_texts_than_there_are_is_not_an_error():
     [
         ({"beam": 0}, "`beam` must be at least 1, but is 0 instead."),
         ({"beam": 2, "nbest": 3}, "`nbest` must be between 1 and beam (2), but is 3 instead."),
-        ({"beam": 2, "length_penalty": -1.0}, "`length_penalty` must be at least 0, but is -1.0 instead."),
+        ({"beam": 2, "length_penalty": -1.0}, "`length_penalty` must be at least 0 and finite, but is -1.0 instead."),
         ({"beam": 2, "patience": 0.0}, "`patience` must be above 0, or left out, but is 0.0 instead."),
         ({"beam": 2, "lengths": "mean"}, "`lengths` must be power or gnmt, but is 'mean' instead."),
         ({"beam": 2, "limit": 0}, "`max_new_tokens` must be at least 1, but is 0 instead."),

@@ -50,7 +50,8 @@ class BeamSearch:
         require(self.beam >= 1, "beam", "at least 1", self.beam, ConfigError)
         require(1 <= self.nbest <= self.beam, "nbest", f"between 1 and beam ({self.beam})", self.nbest, ConfigError)
         require(len(self.eos_ids) >= 1, "eos_ids", "one id or more", self.eos_ids, ConfigError)
-        require(self.length_penalty >= 0, "length_penalty", "at least 0", self.length_penalty, ConfigError)
+        finite = 0 <= self.length_penalty < math.inf
+        require(finite, "length_penalty", "at least 0 and finite", self.length_penalty, ConfigError)
         require(self.lengths in get_args(Lengths), "lengths", "power or gnmt", self.lengths, ConfigError)
         fits = self.patience is None or self.patience > 0
         require(fits, "patience", "above 0, or left out", self.patience, ConfigError)
@@ -165,7 +166,7 @@ def beam_search(
     results = search_in_parts(
         [logits], lambda tokens: [steps.step(tokens)], steps.select, how, dict(enumerate(limits)), logits.device
     )
-    return [results[row] for row in range(len(limits))]
+    return [results[row][: how.nbest] for row in range(len(limits))]
 
 
 @torch.inference_mode()
@@ -177,7 +178,10 @@ def search_in_parts(
     limits: Mapping[int, int],
     device: torch.device | None = None,
 ) -> dict[int, list[Decoded]]:
-    """`beam_search` over logits that come in parts, of some sentences each; limits and results by request."""
+    """`beam_search` over logits that come in parts, of some sentences each; limits and results by request.
+
+    Where several are wanted, other texts that have finished follow, `beam` in all at most.
+    """
     beams, results = Beams(limits, how, device), dict[int, list[Decoded]]()
     while len(results) < len(limits):
         width = beams.scores.size(1)
@@ -238,12 +242,13 @@ class _Pool:
     def __init__(self, request: int, limit: int, how: BeamSearch) -> None:
         self.request, self.limit, self.how = request, limit, how
         self.best: list[Decoded] = []
+        """At most `beam`: behind the `nbest` those that finished besides, for whoever has no use for one of them."""
         self.finished = 0
 
     def add(self, text: Decoded) -> None:
         self.finished += 1
         bisect.insort_right(self.best, text, key=lambda one: -self.score(one))
-        del self.best[self.how.nbest :]
+        del self.best[self.how.beam if self.how.nbest > 1 else 1 :]
 
     def score(self, text: Decoded) -> float:
         return text.score(self.how.length_penalty, self.how.lengths)
@@ -257,7 +262,7 @@ class _Pool:
         if self.how.patience is not None:
             return self.finished >= self.how.beam * self.how.patience
         bound = normalised(best_live, self.limit, self.how.length_penalty, self.how.lengths)
-        return self.how.beam == 1 or self.score(self.best[-1]) >= bound
+        return self.how.beam == 1 or self.score(self.best[self.how.nbest - 1]) >= bound
 
     def fill(self, texts: Int[Tensor, "beam count"], sums: Float[Tensor, "beam count"]) -> None:
         """Take live texts, best first, into the places that no finished one took."""

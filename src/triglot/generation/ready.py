@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from triglot.config import RunConfig
 from triglot.decoding.speculation import Draft, NGrams
-from triglot.errors import ConfigError, require
+from triglot.errors import ConfigError, DataError, require
 from triglot.generation.drafts import ModelDraft
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
@@ -19,6 +19,8 @@ from triglot.models.encoder_decoder import Transformer
 from triglot.objective import Model
 from triglot.tokenizer import Tokenizers
 
+Tags = str | Sequence[str | None] | None
+"""The target tag of all lines, or of each."""
 BATCH_TOKENS = 16_384
 """Positions, of all texts and beams, whose keys and values are held at a time."""
 
@@ -62,6 +64,14 @@ class Ready:
             return None
         return Prepared(self.model, self.precision, self._never)
 
+    @property
+    def multiplies_in(self) -> str:
+        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections."""
+        if (prepared := self.prepared) is not None:
+            return " and ".join(one for one in get_args(Precision) if one in prepared.used)
+        dtype = self.model.projection.weight.dtype
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+
     def guesser(self, count: int) -> Draft:
         """What guesses `count` tokens of one text: the draft model, or what followed in the text before."""
         rule = "0 unless the model is on a processor, in fp32"
@@ -98,11 +108,14 @@ class Ready:
         return self.model
 
 
-def refuse_text(name: str, texts: Sequence[object], kinds: tuple[type, ...] = (str,)) -> None:
-    """A text alone is a sequence of characters, each of which would pass for a text."""
-    require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
-    for text in texts:
-        require(isinstance(text, kinds), name, "a list of texts", text, ConfigError)
+def tags_of(tags: Tags, lines: int, tokenizers: Tokenizers) -> Sequence[str | None]:
+    """The target tag of each line; DataError for another number, or for none where the run was trained with tags."""
+    tags = [tags] * lines if isinstance(tags, str) or tags is None else tags
+    require(len(tags) == lines, "tags", f"one for each of {lines} lines", len(tags), DataError)
+    known = ", ".join(tokenizers.source.tags)
+    rule = f"one of {known}, since the run was trained with target tags"
+    require(not known or None not in tags, "the target tag", rule, None, DataError)
+    return tags
 
 
 def pad(texts: Sequence[Sequence[int]], model: Model) -> Tensor:

@@ -18,7 +18,8 @@ from triglot.data.corpus import read_blocks
 from triglot.data.dataset import Windows
 from triglot.errors import ConfigError, DataError, require
 from triglot.generation.log_probs import Row, log_probs
-from triglot.generation.ready import refuse_text
+from triglot.generation.ready import Tags, tags_of
+from triglot.generation.typed import typed
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import score_batches
@@ -71,12 +72,13 @@ class FileScore(NamedTuple):
         return self.nats / math.log(2) / self.bytes
 
 
+@typed
 def score_pairs(
     model: Transformer,
     tokenizers: Tokenizers,
     sources: Sequence[str],
     targets: Sequence[str],
-    tags: str | Sequence[str | None] | None = None,
+    tags: Tags = None,
     *,
     too_long: TooLong = "error",
     first: int = 1,
@@ -87,16 +89,8 @@ def score_pairs(
     Raises DataError for a side that is longer than the model reads, of which "cut" takes the beginning instead, the
     pairs counted from `first`, for an unknown tag, and for none where the run was trained with tags.
     """
-    _require_texts("sources", sources, len(sources))
-    _require_texts("targets", targets, len(sources))
-    require(too_long in ("error", "cut"), "too_long", "error or cut", too_long, ConfigError)
-    if isinstance(tags, str) or tags is None:
-        tags = [tags] * len(sources)
-    require(len(tags) == len(sources), "tags", f"as many as sources ({len(sources)})", len(tags), DataError)
-    known = ", ".join(tokenizers.source.tags)
-    rule = f"one of {known}, since the run was trained with target tags"
-    require(not known or None not in tags, "the target tag", rule, None, DataError)
-    limit, rows, cut = model.max_seq_length, [], []
+    _require_as_many("targets", targets, len(sources))
+    limit, rows, cut, tags = model.max_seq_length, [], [], tags_of(tags, len(sources), tokenizers)
     encoded, ids = (tokenizers.encode_sources(sources, tags), tokenizers.encode_targets(targets)), tokenizers.target.ids
     for number, (source, text) in enumerate(zip(*encoded, strict=True), first):
         wanted = [*text, ids.eos]
@@ -114,6 +108,7 @@ def score_pairs(
     ]
 
 
+@typed
 def score_texts(
     model: DecoderLLM,
     config: RunConfig,
@@ -133,9 +128,7 @@ def score_texts(
     what was before.
     """
     prompts = [""] * len(texts) if prompts is None else prompts
-    _require_texts("texts", texts, len(texts))
-    _require_texts("prompts", prompts, len(texts))
-    require(past_context in ("error", "windows"), "past_context", "error or windows", past_context, ConfigError)
+    _require_as_many("prompts", prompts, len(texts))
     ids = [one + [tokenizer.ids.eos] * end for one in tokenizer.encode_batch(texts)]
     rows, owners, results, window = [], [], [], model.max_len
     for number, (before, text) in enumerate(zip(prompt_ids(config, tokenizer, prompts), ids, strict=True)):
@@ -179,8 +172,7 @@ def prompt_ids(config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str]) 
     return tokenizer.encode_prompts(prompts, documents=config.data.packing == "documents")
 
 
-def _require_texts(name: str, texts: Sequence[str], count: int) -> None:
-    refuse_text(name, texts)
+def _require_as_many(name: str, texts: Sequence[str], count: int) -> None:
     require(len(texts) == count, name, f"as many as what they belong to ({count})", len(texts), DataError)
 
 

@@ -15,16 +15,14 @@ from triglot.decoding.search import Decoded
 from triglot.errors import ConfigError, DataError, DeadEndError, require
 from triglot.generation.alignment import align
 from triglot.generation.options import Searching
-from triglot.generation.ready import Ready, batches, pad
-from triglot.generation.results import Alternative, Hypothesis
+from triglot.generation.ready import Ready, Tags, batches, pad, tags_of
+from triglot.generation.results import Alignment, Alternative, Hypothesis
 from triglot.generation.steps import search
 from triglot.generation.workers import Search
 from triglot.interop.runs import load_any
 from triglot.layers.masks import create_padding_mask
 from triglot.layers.packed import Precision
-
-Tags = str | Sequence[str | None] | None
-"""The target tag of all lines, or of each."""
+from triglot.tokenizer import Tokenizer
 
 
 class TextWasCut(UserWarning):
@@ -56,15 +54,25 @@ def translate(
             require(len(prefix) < limit, f"the prefix of line {number}", rule, len(prefix), DataError)
         forced = [ids[row] for row in rows]
     search = how.search(ready.config.generation, ready.tokenizers.target, forced)
-    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[])] for _ in lines]
+    aligned = Alignment([], [], []) if how.alignments else None
+    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[], alignment=aligned)] for _ in lines]
     try:
         found = find([sources[row] for row in rows], search, limit)
     except DeadEndError as error:
         row = rows[error.request]
         raise DeadEndError(row, f"line {first_line + row}") from error
     for row, texts in zip(rows, found, strict=True):
-        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in texts]
+        kept = distinct(ready.tokenizers.target, texts)[: how.nbest]
+        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in kept]
     return results
+
+
+def distinct(tokenizer: Tokenizer, texts: Sequence[Decoded]) -> list[Decoded]:
+    """Of those that spell the same text by other tokens only the first, which is the best."""
+    found: dict[str, Decoded] = {}
+    for text in texts:
+        found.setdefault(tokenizer.decode(text.ids), text)
+    return list(found.values())
 
 
 def alternatives(
@@ -102,19 +110,14 @@ def alternatives(
 
 def sources_of(ready: Ready, lines: Sequence[str], tags: Tags, too_long: str, first_line: int) -> list[list[int]]:
     """What the encoder reads of each line."""
-    if isinstance(tags, str) or tags is None:
-        tags = [tags] * len(lines)
-    require(len(tags) == len(lines), "tags", f"one for each of {len(lines)} lines", len(tags), DataError)
-    known = ", ".join(ready.tokenizers.source.tags)
-    rule = f"one of {known}, since the run was trained with target tags"
-    require(not known or None not in tags, "the target tag", rule, None, DataError)
+    tags = tags_of(tags, len(lines), ready.tokenizers)
     limit, sources = ready.translator.max_seq_length, ready.tokenizers.encode_sources(lines, tags)
     for number, ids in enumerate(sources, first_line):
         rule = f"at most {limit} tokens long (the model's max_seq_length)"
         require(len(ids) <= limit or too_long == "cut", f"line {number}", rule, len(ids), DataError)
         if len(ids) > limit:
             told = f"line {number} has {len(ids)} tokens: all beyond {limit} were cut"
-            warnings.warn(told, TextWasCut, stacklevel=4)
+            warnings.warn(told, TextWasCut, stacklevel=5)  # where the engine's call is
             ids[limit - 1 : -1] = []
     return sources
 

@@ -79,6 +79,21 @@ class Draft:
         )
 
 
+class Stream(Iterator[str]):
+    """A text as it comes, in pieces none of which is empty."""
+
+    def __init__(self, draft: Draft, pieces: Iterator[str]) -> None:
+        self._draft, self._pieces = draft, filter(None, pieces)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def ended(self) -> Ended | None:
+        """Why the text is at its end; None while it is not."""
+        return self._draft.ended
+
+
 def drafts_of(ready: Ready, prompts: Sequence[Prompt], how: Sampling) -> tuple[list[Draft], list[Rule]]:
     """The texts that are to be written, those of a prompt side by side, and their rules; raises what is not possible.
 

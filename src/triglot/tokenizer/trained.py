@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from triglot.errors import CheckpointError, ConfigError, DataError, require
+from triglot.errors import CheckpointError, ConfigError, DataError, reason, require
 from triglot.files import write_text
 from triglot.tokenizer.ids import Message, SpecialIds
 
@@ -215,7 +215,7 @@ class Tokenizer:
             text = path.read_text(encoding="utf-8")
             values = json.loads(text)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: no tokenizer can be read from it: {error}") from error
+            raise CheckpointError(f"{path}: no tokenizer can be read from it: {reason(error)}") from error
         try:
             tokenizer = cls(_parse(values, text))
             require(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, "the file", "without loss", _PROBE)
