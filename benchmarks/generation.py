@@ -60,7 +60,7 @@ def our_search(run: Path, precision: Any) -> Search:
 
 def our_translations(run: Path, sources: list[list[int]], beam: int, precision: str, workers: int) -> Work:
     """Tokens of the best hypotheses of all sources."""
-    how = BeamSearch(beam=beam, eos_id=EOS, patience=1.0, scored=False)  # nor does CTranslate2 tell scores
+    how = BeamSearch(beam=beam, eos_ids=[EOS], patience=1.0, scored=False)  # nor does CTranslate2 tell scores
     if workers == 1:
         find = our_search(run, precision)
     else:

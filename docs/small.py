@@ -23,10 +23,12 @@ from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
 from triglot.layers.initialise import xavier
 from triglot.objective import Objective, score_batches
+from triglot.tokenizer import SpecialIds
 from triglot.training.optim import learning_rate, make_optimizer
 from triglot.training.session import threads
 
-BOS, EOS, DIGIT = Tokenizer.bos_id, Tokenizer.eos_id, 3
+IDS = SpecialIds()
+BOS, EOS, DIGIT = IDS.start, IDS.eos, 3
 """The digit 0 is the id 3."""
 
 
@@ -110,7 +112,7 @@ def reversals(seed: int, steps: int, rows: int = 64) -> list[PairBatch]:
     """Sources of digits and EOS, targets the digits from the last to the first."""
     rows_of = numbers(seed, steps * rows)
     parts = [rows_of[at : at + rows] for at in range(0, len(rows_of), rows)]
-    return [pair_batch([[*one, EOS] for one in part], [one[::-1] for one in part]) for part in parts]
+    return [pair_batch([[*one, EOS] for one in part], [one[::-1] for one in part], IDS) for part in parts]
 
 
 @cache
@@ -132,7 +134,7 @@ def backwards(model: Transformer, rows: Sequence[Sequence[int]], longest: int = 
     with threads(1), torch.no_grad():
         steps = model.start(src, create_padding_mask(src), longest)
         first = steps.step(torch.full((len(rows),), BOS))
-        found = generate(first, steps, Sampler(temperature=0), longest - 1, eos_id=EOS)
+        found = generate(first, steps, Sampler(temperature=0), longest - 1, eos_ids=[EOS])
     return [[token for token in text.ids if token != EOS] for text in found]
 
 

@@ -90,7 +90,7 @@ def show_decoding(model: Transformer) -> None:
     with torch.no_grad():
         steps = model.start(src, create_padding_mask(src), limit)
         first = steps.step(torch.tensor([BOS]))
-        [text] = generate(first, steps, Sampler(temperature=0.0), limit, eos_id=EOS, banned=[PAD, BOS])
+        [text] = generate(first, steps, Sampler(temperature=0.0), limit, eos_ids=[EOS], banned=[PAD, BOS])
     print(f"Source: {src[0].tolist()}")
     print(f"Generated: {[BOS, *text.ids]}")
     print(f"Log-probability: {text.log_prob:.2f}; stopped by {'the limit' if text.truncated else 'the end token'}")

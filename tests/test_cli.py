@@ -264,6 +264,16 @@ def test_interactive_prompts_are_continued_until_the_input_ends(folder):
     assert result.exit_code == 0
 
 
+def test_interactive_texts_draw_from_one_seed_after_another(folder):
+    options = ("--max-new-tokens", 9, "--device", "cpu")
+    engine = triglot.load(folder / "writer", device="cpu")
+    expected = engine.generate(["ab", "cd", "ef"], seed=7, max_new_tokens=9)
+    said = invoke("generate", folder / "writer", "--interactive", "--seed", 7, *options, text="ab\ncd\nef\n").stdout
+    assert said == "".join(f"{prompt}{one.text}\n" for prompt, one in zip(["ab", "cd", "ef"], expected, strict=True))
+    begun = ("generate", folder / "writer", "--interactive", "--prompt", "ab", "--seed", 7, *options)
+    assert invoke(*begun, text="cd\nef\n").stdout == said
+
+
 @pytest.mark.parametrize("source", ["-", "file", "gzip"])
 def test_translate_reads_files_and_standard_input_alike(folder, tmp_path, source):
     text = "12 ab\n\n7 ab\r\n"
@@ -326,13 +336,28 @@ def test_generate_reads_forms_from_files(folder, tmp_path, option, text):
     (tmp_path / "form").write_text(text, encoding="utf-8")
     said = succeed("generate", folder / "writer", option, tmp_path / "form", "--max-new-tokens", 30, "--device", "cpu")
     assert said.strip().strip('"') == "rot"
-    assert "cannot be read" in refuse("generate", folder / "writer", option, tmp_path / "none", "--device", "cpu")
+    none = tmp_path / "none"
+    refused = refuse("generate", folder / "writer", option, none, "--device", "cpu")
+    assert refused == f"{none}: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("how", [(), ("--json", "--n", 2)])
+def test_a_form_that_the_limit_cut_off_is_told(folder, how):
+    pytest.importorskip("llguidance")
+    run = ("generate", folder / "writer", *how, "--device", "cpu")
+    cut = invoke(*run, "--regex", "(abc){5}", "--max-new-tokens", 5)
+    told = "A text ended by its limit (--max-new-tokens): what it has to follow may be unfinished.\n"
+    assert (cut.exit_code, cut.stderr) == (0, told)
+    assert invoke(*run, "--regex", "(abc){1}", "--max-new-tokens", 5).stderr == ""
+    assert invoke(*run, "--max-new-tokens", 1, "--logit-bias", "2=-inf").stderr == ""
 
 
 def test_generate_refuses_in_one_line(folder):
     run = ("generate", folder / "writer", "--device", "cpu")
-    assert "`--n` must be left out without --json" in refuse(*run, "--n", 2)
+    assert "`--n` must be left out without --json, but is 2 instead" in refuse(*run, "--n", 2)
     assert "`--top-logprobs` must be left out without --json" in refuse(*run, "--top-logprobs", 2)
+    assert "`--system` must be left out without --chat, but is 'x' instead" in refuse(*run, "--system", "x")
+    assert "`--draft` must be left out without --speculate, but is 'x' instead" in refuse(*run, "--draft", "x")
     assert "`--logit-bias` must be of the form ID=NUMBER, but is 'x'" in refuse(*run, "--logit-bias", "x")
     assert "`stop` must be texts of at least one character" in refuse(*run, "--stop", "")
     assert "`top_p` must be above 0" in refuse(*run, "--top-p", 0)
@@ -361,26 +386,19 @@ def test_translate_passes_every_option_on(folder, tmp_path):
     uneven = invoke(*run, "--prefixes", tmp_path / "begun")
     assert uneven.exit_code == 2
     assert "`prefixes` must be as many as lines, but line 2 is in one of the files alone" in uneven.stderr
-    assert "`--alignments` must be left out without --json" in refuse(*run, "--alignments")
+    assert "`--alignments` must be left out without --json, but is given instead" in refuse(*run, "--alignments")
 
 
-def test_a_long_input_is_translated_by_as_many_processes_as_there_are_cores(folder, tmp_path, monkeypatch):
-    made, short, long = [], tmp_path / "short", tmp_path / "long"
-    short.write_text("7 ab\n" * 1024, encoding="utf-8")
-    long.write_text("7 ab\n" * 1025, encoding="utf-8")
-    real = triglot.load
-
-    def load(run, *, workers, **options):
-        made.append(workers)
-        return real(run, **options)
-
-    monkeypatch.setattr("triglot.generation.engine.load", load)
+def test_only_much_work_is_shared_among_processes_by_itself(folder, tmp_path, monkeypatch):
+    (lines := tmp_path / "lines").write_text("7 ab\n" * 9, encoding="utf-8")
     monkeypatch.setattr("triglot.cli.text._cores", lambda: 3)
-    how = ("--tag", "up", "--beam", 1, "--max-new-tokens", 1, "--device", "cpu")
-    said = [succeed("translate", folder / "translator", path, *how) for path in (short, long)]
-    succeed("translate", folder / "translator", long, *how, "--workers", 1)
-    assert made == [1, 3, 1]
-    assert [text.count("\n") for text in said] == [1024, 1025]
+    monkeypatch.setattr("triglot.generation.workers.Workers.search", lambda *_: 1 / 0)
+    how = ("translate", folder / "translator", lines, "--tag", "up", "--beam", 1, "--device", "cpu")
+    alone = succeed(*how)
+    assert alone.count("\n") == 9
+    monkeypatch.setattr("triglot.generation.files.ENOUGH", 1)
+    assert isinstance(invoke(*how).exception, ZeroDivisionError)
+    assert succeed(*how, "--workers", 1) == alone
 
 
 def test_alternatives_are_told_line_by_line(folder):
@@ -389,6 +407,23 @@ def test_alternatives_are_told_line_by_line(folder):
     rows = [line.split("\t") for line in succeed("alternatives", folder / "translator", *arguments).splitlines()]
     for row, one in zip(rows, engine.alternatives("12 ab", "1", 3, beam=2, tag="up"), strict=True):
         assert row == [f"{one.log_prob:.4f}", one.piece, " ".join(one.best.text.splitlines())]
+
+
+def test_alternatives_pass_every_option_on(folder):
+    engine = triglot.load(folder / "translator", device="cpu")
+    how = {
+        "beam": 3, "length_penalty": 0.5, "lengths": "gnmt", "patience": 1.0, "max_new_tokens": 6, "min_new_tokens": 2,
+        "no_repeat_ngram": 2, "too_long": "cut",
+    }  # fmt: skip
+    arguments = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run = ("alternatives", folder / "translator", "--text", "b" * 50, "--tag", "up", "--device", "cpu")
+    said = invoke(*run, *arguments, "--ban", "b")
+    assert said.stderr == "line 1 has 53 tokens: all beyond 41 were cut\n"
+    with pytest.warns(match="were cut"):
+        expected = engine.alternatives("b" * 50, tag="up", banned_words=["b"], **how)
+    texts = [" ".join(one.best.text.splitlines()) for one in expected]
+    assert [line.split("\t")[2] for line in said.stdout.splitlines()] == texts
+    assert "`line 1` must be at most 41 tokens long" in refuse(*run)
 
 
 def test_score_tells_log_p_tokens_and_text(folder, tmp_path):
@@ -404,8 +439,41 @@ def test_score_tells_log_p_tokens_and_text(folder, tmp_path):
         assert said == "".join(expected)
     refused = refuse("score", folder / "translator", tmp_path / "a", "--device", "cpu")
     assert "`--targets` must be a file of translations, since the run translates" in refused
-    refused = refuse("score", folder / "writer", tmp_path / "a", "--targets", tmp_path / "b", "--device", "cpu")
-    assert "`--targets` must be left out, since the run goes on from texts" in refused
+
+
+def test_texts_are_scored_behind_prompts_and_with_their_end(folder, tmp_path):
+    (tmp_path / "texts").write_text("12 ab\n" * 2, encoding="utf-8")
+    (tmp_path / "prompts").write_text("a\nLine\n", encoding="utf-8")
+    engine, score = triglot.load(folder / "writer", device="cpu"), ("score", folder / "writer", tmp_path / "texts")
+    scored = engine.score(["12 ab"] * 2, ["a", "Line"], end=True)
+    said = succeed(*score, "--prompts", tmp_path / "prompts", "--end", "--device", "cpu")
+    assert said == "".join(f"{one.log_prob:.4f}\t6\t12 ab\n" for one in scored)
+    (tmp_path / "prompts").write_text("a\n", encoding="utf-8")
+    assert "`prompts` must be as many as lines" in refuse(*score, "--prompts", tmp_path / "prompts", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("writer", ["--targets", "b"], "`--targets` must be left out where the run goes on from texts, but is 'b'"),
+        ("writer", ["--tag", "up"], "`--tag` must be left out where the run goes on from texts, but is 'up'"),
+        ("writer", ["--too-long", "cut"], "`--too-long` must be left out where the run goes on from texts"),
+        ("writer", ["--context", 30], "`--context` must be left out without --whole, but is 30"),
+        ("writer", ["--whole", "--end"], "`--end` must be left out with --whole, but is given"),
+        ("writer", ["--whole", "--past-context", "windows"], "`--past-context` must be left out with --whole"),
+        ("translator", ["--targets", "b", "--end"], "`--end` must be left out where the run translates, but is given"),
+        ("translator", ["--targets", "b", "--prompts", "c"], "`--prompts` must be left out where the run translates"),
+        ("translator", ["--targets", "b", "--past-context", "error"], "`--past-context` must be left out where the"),
+    ],
+)  # fmt: skip
+def test_score_refuses_what_does_not_count(folder, name, options, message):
+    assert message in refuse("score", folder / name, folder / "pairs.tsv", *options, "--device", "cpu")
+
+
+def test_what_translations_alone_have_is_refused_elsewhere(folder):
+    for option, value in (("beam", 3), ("precision", "int8")):
+        said = refuse("evaluate", folder / "writer", f"--{option}", value, "--device", "cpu")
+        assert f"`{option}` must be left out for a run that goes on from texts, but is {value!r} instead" in said
 
 
 def test_the_perplexity_of_a_file_is_that_of_the_engine(folder):

@@ -21,6 +21,8 @@ from triglot.evaluation import (
     translate_examples,
     translation_scores,
 )
+from triglot.generation.engine import Engine
+from triglot.layers.packed import multiplies_bf16
 from triglot.models.factory import build_model
 from triglot.recipe import from_dict
 from triglot.tokenizer import Tokenizer, Tokenizers
@@ -102,7 +104,7 @@ def test_bleu_and_chrf_are_sacrebleus_own(tmp_path):
     model, config, tokenizers = load_model(make_run(tmp_path, "encoder_decoder"))
     examples = [Example(source, target, None) for source, target in PAIRS]
     found = translation_scores(model, tokenizers, config, examples)
-    hypotheses = translate_examples(model, tokenizers, config, examples)
+    hypotheses = translate_examples(Engine(model, config, tokenizers), examples)
     references = [[target for _, target in PAIRS]]
     assert found["bleu"] == sacrebleu.corpus_bleu(hypotheses, references).score
     assert found["chrf"] == sacrebleu.corpus_chrf(hypotheses, references).score
@@ -171,8 +173,22 @@ def test_running_text_has_no_translations_and_no_test_split(tmp_path):
     run = make_run(tmp_path, "decoder_only")
     model, config, tokenizers = load_model(run)
     assert score_translations(model, prepare(config, run, tokenizers), config) == {}
-    with pytest.raises(ConfigError, match=r"`split` must be valid"):
+    with pytest.raises(
+        ConfigError, match=r"`split` must be valid, since the recipe keeps no part of the text to test on"
+    ):
         evaluate(run, split="test")
+    for option in ({"beam": 2}, {"precision": "int8"}):
+        [name] = option
+        with pytest.raises(ConfigError, match=f"`{name}` must be left out for a run that goes on from texts, but is"):
+            evaluate(run, **option)
+
+
+def test_the_precision_that_is_told_is_the_one_that_translations_were_made_in(tmp_path):
+    """So small a model has no projection that whole numbers would make faster."""
+    run = make_run(tmp_path, "encoder_decoder")
+    assert evaluate(run)["precision"] == "fp32"
+    assert evaluate(run, precision="bf16")["precision"] == "bf16"
+    assert evaluate(run, precision="int8")["precision"] == ("bf16" if multiplies_bf16() else "fp32")
 
 
 def test_a_split_may_lie_elsewhere_now_and_be_the_test_split(tmp_path):

@@ -111,7 +111,7 @@ def test_row_05_cached_decoding_of_a_batch_is_what_re_reading_every_prefix_gives
         layer.cross_attention.key.register_forward_hook(lambda *_: projections.append(1))
     steps = model.start(src, create_padding_mask(src), limit)
     begin = torch.ones(3, dtype=torch.long)
-    found = generate(steps.step(begin), steps, Sampler(temperature=0.0), limit, eos_id=eos)
+    found = generate(steps.step(begin), steps, Sampler(temperature=0.0), limit, eos_ids=[eos])
     assert [text.ids for text in found] == ended
     assert len(projections) == LAYERS  # the source's keys are projected once
 

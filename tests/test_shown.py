@@ -22,11 +22,10 @@ SMALL = {
     "text": ("model.d_model=16", "tokenizer.vocab_size=300", "train.context=32", "train.batch_tokens=64"),
     "demo-phrases": ("model.d_model=16", "data.num_examples=200"),
     "demo-stdlib-moe": ("model.d_model=16", "data.max_bytes=50000"),
+    "more.toml": ("train.context=32", "train.batch_tokens=64"),
 }
-FEWER = (
-    *("model.num_layers=1", "model.d_ff=13", "generation.max_new_tokens=20"),
-    *("train.max_steps=2", "train.eval_every=2", "train.precision=fp32"),
-)
+FEWER = ("generation.max_new_tokens=20", "train.max_steps=2", "train.eval_every=2", "train.precision=fp32")
+SHALLOW = ("model.num_layers=1", "model.d_ff=13")
 WITHOUT_COMMANDS = {"docs/how-to/several-processes.md", "docs/how-to/write-a-recipe.md", "docs/how-to/generate.md"}
 FORM = re.compile(r"\b(RUN|SRC|DST)\b")
 
@@ -64,15 +63,30 @@ def do(command: str) -> str:
     words = shlex.split(command)[1:]
     if words[0] == "train" and "--resume" not in words:
         small = SMALL.get(words[1], SMALL["text"])
-        words += [word for setting in (*FEWER, *small) for word in ("--set", setting)]
+        shape = () if words[1] == "more.toml" else SHALLOW  # which is that of the run it starts from
+        words += [word for setting in (*FEWER, *shape, *small) for word in ("--set", setting)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, f"{command}\n{done.output}"
     return done.output
 
 
+def checkpoint_of_others(folder: Path, tokenizer: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = len(transformers.AutoTokenizer.from_pretrained(tokenizer))
+    config = transformers.LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=96,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_everything_shown_works_in_the_order_shown(page, folder, capfd):
+def test_everything_shown_works_in_the_order_shown(page, folder, family, capfd):
     found = steps(page)
+    if "THEIRS" in PAGES[page].read_text(encoding="utf-8"):
+        checkpoint_of_others(folder / "THEIRS", family("llama3"))
     for recipe in ("demo-phrases", "demo-stdlib-moe"):
         if f"runs/demo/{recipe} " in PAGES[page].read_text(encoding="utf-8") and page != "README.md":
             do(f"triglot train {recipe} --out runs/demo/{recipe}")

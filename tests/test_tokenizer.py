@@ -93,7 +93,8 @@ def test_a_text_cut_at_a_word_boundary_has_the_ids_of_the_whole(text, more):
 
 
 def test_special_tokens_and_tags_come_first(tokenizer):
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert (tokenizer.ids.start, tokenizer.ids.bos, tokenizer.ids.ends) == (1, 1, (2,))
+    assert tokenizer.ids.banned == (0, 1, 3, 4)
     assert tokenizer.tags == TAGS
     assert [tokenizer.tag_id(tag) for tag in TAGS] == [3, 4]
     assert tokenizer.pieces(range(5)) == ["<pad>", "<bos>", "<eos>", "<2de>", "<2cs-CZ>"]

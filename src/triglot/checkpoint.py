@@ -1,7 +1,7 @@
 """A run's folder: what is needed to use a model, and to go on training it as if it had never stopped.
 
     config.json                     the resolved recipe
-    tokenizer.json                  or source.json and target.json
+    tokenizer.json                  or source.json and target.json, or the files of an import's tokenizer
     metrics.jsonl, samples.md       for people, like environment.json; no model is loaded from them
     checkpoints/step-00000200/      config.json, model.safetensors, optimizer.safetensors, rng.safetensors, state.json
                                     and, written last, manifest.json with the SHA-256 of each, of the tokenizer and of
@@ -33,16 +33,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triglot.config import RunConfig
-from triglot.errors import CheckpointError, ConfigError, DamagedError, require
+from triglot.errors import CheckpointError, ConfigError, DamagedError, reason, require
 from triglot.files import sync, write_json
-from triglot.manifest import find_damage, verified, write_manifest
+from triglot.manifest import find_damage, read_manifest, verified, write_manifest
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.models.factory import build_model
 from triglot.recipe import from_dict, to_dict
-from triglot.tokenizer import Tokenizers
+from triglot.tokenizer import TOKENIZER_FILES, Tokenizers
 
-TOKENIZER_FILES = ("tokenizer.json", "source.json", "target.json")
 DATA_FILE = "data/manifest.json"
 STEP_FOLDER = r"step-\d+(\.replaced)?"
 
@@ -138,7 +137,7 @@ def save_checkpoint(
         _rename(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} could not be written: {error}") from error
+        raise CheckpointError(f"{folder} could not be written: {reason(error)}") from error
     return folder
 
 
@@ -271,6 +270,8 @@ def load_model(
         whole = ", ".join(folder.name for folder in step_checkpoints(run) if find_damage(folder) is None)
         raise DamagedError(f"{error} Whole checkpoints of this run: {whole or 'none'}.") from error
     tokenizers = load_tokenizers(run, folder)
+    ids, rows = tokenizers.target.vocab_size, config.model.vocab_size
+    require(ids <= rows, f"the tokenizer of {run}", f"of at most the model's {rows} ids", ids, CheckpointError)
     model = build_model(config.model)
     set_weights(model, weights, str(folder))
     return Loaded(model.to(device, dtype).eval(), config, tokenizers)
@@ -278,8 +279,9 @@ def load_model(
 
 def load_tokenizers(run: Path, folder: Path) -> Tokenizers:
     """A run's tokenizers, if they are the ones that the checkpoint `folder` was trained with."""
+    known = read_manifest(folder)
     for name in TOKENIZER_FILES:
-        if (run / name).exists():
+        if (run / name).exists() or f"../../{name}" in known:
             verified(folder, f"../../{name}")
     return Tokenizers.load(run)
 

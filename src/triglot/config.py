@@ -29,6 +29,7 @@ Count = Annotated[int, Rule("at least 1", lambda number: number >= 1)]
 Rate = Annotated[float, Rule("at least 0 and below 1", lambda rate: 0 <= rate < 1)]
 Weight = Annotated[float, Rule("at least 0 and finite", lambda weight: 0 <= weight < math.inf)]
 Positive = Annotated[float, Rule("above 0 and finite", lambda number: 0 < number < math.inf)]
+Share = Annotated[float, Rule("above 0 and at most 1", lambda share: 0 < share <= 1)]
 Patience = Annotated[float, Rule("above 0, or inf", lambda number: number > 0)]
 
 
@@ -311,10 +312,11 @@ class DataConfig(Checked):
     """What to train on; which fields count depends on `kind`.
 
     `text` reads files, folders or globs; `pairs` two files of equal length or one of tab-separated columns;
-    `phrases` makes numbers and dates with their translations; `stdlib` is Python's own standard library.
+    `phrases` makes numbers and dates with their translations; `stdlib` is Python's own standard library; `none` is what
+    a run has that was not trained here.
     """
 
-    kind: Literal["text", "pairs", "phrases", "stdlib"]
+    kind: Literal["text", "pairs", "phrases", "stdlib", "none"]
     root: str = "."
     """The data set's own folder; other paths are relative to it."""
     files: tuple[str, ...] = ()
@@ -400,6 +402,8 @@ class TrainConfig(Checked):
     r_drop: Positive | None = None
     """Each batch is trained on twice, under different dropout, with this weight on how far the predictions are apart
     (Liang et al. 2021, α); a step takes twice as long."""
+    zero_start: bool = False
+    """The vector of the token that a decoder reads first is zero and stays so, as Marian has it; exports need that."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: both are timed on the first batch and the faster one is written into the run."""
     threads: Count | None = None
@@ -431,7 +435,7 @@ class InitConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(Checked):
-    """How `evaluate` and the samples during training decode."""
+    """How a run decodes where nobody says otherwise: in `evaluate`, for samples during training, when it is used."""
 
     beam: Count = 4
     length_penalty: Weight = 1.0
@@ -441,6 +445,16 @@ class GenerationConfig(Checked):
 
     1 is several times as fast, and may end before the best text of a sure model does: it finishes poor ones first."""
     max_new_tokens: Count = 200
+    temperature: Weight | None = None
+    """Language models: of draws, 0 is greedy; None: 1, or in a run that starts from another one as that says."""
+    top_k: Count | None = None
+    """Draw from so many of the likeliest."""
+    top_p: Share | None = None
+    """Draw from the fewest that have so much of the probability."""
+    repetition_penalty: Positive | None = None
+    """Above 1: what came before comes less often."""
+    no_repeat_ngram: Count | None = None
+    """So many tokens in a row never come again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -463,7 +477,9 @@ class RunConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = (self.model.kind == "encoder_decoder") == (self.data.kind in ("pairs", "phrases"))
-        _require(fits, "data.kind", f"one that {self.model.kind} can learn from", self.data.kind)
+        _require(
+            fits or self.data.kind == "none", "data.kind", f"one that {self.model.kind} can learn from", self.data.kind
+        )
         if self.model.kind == "decoder_only":
             rule = f"at most model.max_seq_length ({self.model.max_seq_length})"
             _require(self.train.context <= self.model.max_seq_length, "train.context", rule, self.train.context)

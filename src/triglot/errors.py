@@ -1,5 +1,7 @@
 """What can go wrong through no fault of the code, and the one form in which it is told."""
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 
@@ -37,4 +39,10 @@ class DamagedError(CheckpointError):
 def require(holds: bool, name: str, rule: str, value: Any, error: type[ValueError] = ValueError) -> None:
     """Raise `error` with "`name` must be rule, but is value instead." unless `holds`."""
     if not holds:
-        raise error(f"`{name}` must be {rule}, but is {value!r} instead.")
+        told = str(value) if isinstance(value, (Path, StrEnum)) else value
+        raise error(f"`{name}` must be {rule}, but is {told!r} instead.")
+
+
+def reason(error: Exception) -> str:
+    """What an error says beside the path that it is told of, which the system's own would say again."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -14,8 +14,10 @@ from triglot.data.batch import IGNORED, Batch, PairBatch
 from triglot.data.corpus import Example
 from triglot.data.dataset import Dataset, Pairs, Ragged
 from triglot.data.prepare import Prepared, prepare
-from triglot.errors import ConfigError
+from triglot.distributed.team import device_here
+from triglot.errors import ConfigError, require
 from triglot.generation.engine import Engine
+from triglot.generation.typed import typed
 from triglot.layers.packed import Precision
 from triglot.objective import Model, score_batches
 from triglot.tokenizer import Tokenizer, Tokenizers
@@ -25,39 +27,44 @@ RESAMPLES = 1000
 """Of the sentences, for the 95 % interval of BLEU and chrF (Koehn 2004)."""
 
 
+@typed
 def evaluate(
-    run: Path,
+    run: str | Path,
     *,
     which: str = "best",
     split: Split = "valid",
-    root: Path | None = None,
+    root: str | Path | None = None,
     beam: int | None = None,
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """What a run's checkpoint scores on a split: loss, perplexity, bits per byte; of pairs, its translations too.
 
-    `root` is where the data lies now, if it has moved; `precision` is that of translating on a processor. Raises
+    `root` is where the data lies now, if it has moved; `beam` and `precision` are those of translating. Raises
     ConfigError where there is no such split.
     """
-    model, config, tokenizers = load_model(run, which, device)
+    where = device_here(device)
+    model, config, tokenizers = load_model(Path(run), which, where)
+    pairs, rule = config.model.kind == "encoder_decoder", "left out for a run that goes on from texts"
+    require(pairs or beam is None, "beam", rule, beam, ConfigError)
+    require(pairs or precision == "fp32", "precision", rule, precision, ConfigError)
     if root is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
     if beam is not None:
         config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, beam=beam))
-    prepared = prepare(config, run, tokenizers)
-    if config.model.kind == "decoder_only":
+    prepared = prepare(config, Path(run), tokenizers)
+    if not pairs:
         measured = prepared.valid if split == "valid" else prepared.test
         if measured is None:
-            raise ConfigError(
-                f"`split` must be valid without a share of the text as data.test, but is {split!r} instead."
-            )
-        return text_scores(model, measured, tokenizers.target, torch.device(device))
+            rule = "valid, since the recipe keeps no part of the text to test on (data.test)"
+            raise ConfigError(f"`split` must be {rule}, but is {split!r} instead.")
+        return text_scores(model, measured, tokenizers.target, where)
     examples = prepared.valid_examples if split == "valid" else prepared.test_examples
     if not examples:
-        raise ConfigError(f"`split` must be one that the recipe's [data] names files for, but is {split!r} instead.")
+        rule = "valid, since the recipe names no files to test on (data.test_source and data.test_target)"
+        raise ConfigError(f"`split` must be {rule}, but is {split!r} instead.")
     data = examples_dataset(examples, tokenizers, config)
-    scores = text_scores(model, data, tokenizers.target, torch.device(device))
+    scores = text_scores(model, data, tokenizers.target, where)
     return scores | translation_scores(model, tokenizers, config, examples, resamples=RESAMPLES, precision=precision)
 
 
@@ -87,20 +94,13 @@ def scored_bytes(batches: Iterable[Batch], tokenizer: Tokenizer) -> int:
 def examples_dataset(examples: Sequence[Example], tokenizers: Tokenizers, config: RunConfig) -> Pairs:
     """Examples as batches by length."""
     sources = tokenizers.encode_sources([one.source for one in examples], [one.tag for one in examples])
-    targets = tokenizers.target.encode_batch([one.target for one in examples])
-    return Pairs(Ragged.of(sources), Ragged.of(targets), config.train.batch_tokens, None)
+    targets = tokenizers.encode_targets([one.target for one in examples])
+    ids = tokenizers.target.ids
+    return Pairs(Ragged.of(sources), Ragged.of(targets), config.train.batch_tokens, None, ids)
 
 
-def translate_examples(
-    model: Model,
-    tokenizers: Tokenizers,
-    config: RunConfig,
-    examples: Sequence[Example],
-    *,
-    precision: Precision = "fp32",
-) -> list[str]:
+def translate_examples(engine: Engine, examples: Sequence[Example]) -> list[str]:
     """The best hypothesis of each example's source, decoded as the recipe says."""
-    engine = Engine(model, config, tokenizers, precision=precision)
     found = engine.translate([one.source for one in examples], tags=[one.tag for one in examples])
     return [hypotheses[0].text for hypotheses in found]
 
@@ -114,14 +114,15 @@ def translation_scores(
     resamples: int = 1,
     precision: Precision = "fp32",
 ) -> dict[str, Any]:
-    """BLEU and chrF with sacrebleu's signatures, and the share of translations that are the reference.
+    """BLEU and chrF with sacrebleu's signatures, the share of translations that are the reference, and their precision.
 
     With more than one of `resamples`, half the width of their 95 % intervals too: `bleu_ci95` and `chrf_ci95`.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    hypotheses = translate_examples(model, tokenizers, config, examples, precision=precision)
+    engine = Engine(model, config, tokenizers, precision=precision)
+    hypotheses = translate_examples(engine, examples)
     references = [one.target for one in examples]
     bleu = BLEU(tokenize="none", force=True) if config.data.tokenized else BLEU()
     chrf = CHRF()
@@ -134,6 +135,7 @@ def translation_scores(
         **{f"{name}_ci95": float(score._ci) for name, score in scores.items() if resamples > 1},
         "exact_match": exact_match(hypotheses, references),
         "sentences": len(examples),
+        "precision": engine.precision,
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
     }

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from triglot.errors import DamagedError
+from triglot.errors import DamagedError, reason
 from triglot.files import as_json, sha256, write_json
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
         own = content == as_json(files).encode()
         whole = own and files.pop(MANIFEST, None) in (_of_all(files), None)  # the first runs' had none
     except (OSError, ValueError, TypeError) as error:
-        raise DamagedError(f"{path} is missing or damaged: {error}.") from error
+        raise DamagedError(f"{path} is missing or damaged: {reason(error)}.") from error
     if not whole:
         raise DamagedError(f"{path} is damaged: it is not as it was written.")
     return files

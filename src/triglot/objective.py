@@ -83,7 +83,11 @@ def run_model(model: Model, batch: Batch) -> Forwarded:
     """The model's hidden states over a batch, under the masks that the batch asks for."""
     if isinstance(batch, PairBatch):
         assert isinstance(model, Transformer)
-        masks = create_masks(batch.src, batch.tgt_in)
+        src, tgt = (
+            ids if real is None else real.int()
+            for ids, real in ((batch.src, batch.src_real), (batch.tgt_in, batch.tgt_real))
+        )
+        masks = create_masks(src, tgt)
         pairs = model.run(batch.src, batch.tgt_in, *masks)
         return Forwarded(pairs.hidden, pairs.routing)
     assert isinstance(model, DecoderLLM)

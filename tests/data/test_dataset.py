@@ -182,7 +182,9 @@ def test_an_epoch_has_every_pair_once_within_the_budget(lengths, budget, seed, e
     dataset = pairs(lengths, budget, seed)
     batches = list(dataset.epoch(epoch))
     found = []
-    for src, tgt_in, tgt_out in batches:
+    for src, tgt_in, tgt_out, src_real, tgt_real in batches:
+        assert (src != 0).equal(src_real)
+        assert (tgt_in != 0).equal(tgt_real)
         assert len(src) * max(src.shape[1], tgt_in.shape[1]) <= budget
         assert (tgt_in[:, 0] == BOS).all()
         for source, given_ids, wanted in zip(src.tolist(), tgt_in.tolist(), tgt_out.tolist(), strict=True):
@@ -217,7 +219,7 @@ def test_batches_of_similar_length_have_little_padding():
 
 def test_skipping_makes_none_of_the_batches_that_are_skipped(monkeypatch):
     made = []
-    monkeypatch.setattr("triglot.data.dataset.pair_batch", lambda sources, targets: made.append(len(sources)))
+    monkeypatch.setattr("triglot.data.dataset.pair_batch", lambda sources, targets, ids: made.append(len(sources)))
     dataset = pairs([(5, 5)] * 997)
     next(iter(dataset.epoch(0, dataset.num_batches(0) - 1)))
     assert len(made) == 1

@@ -53,7 +53,7 @@ def without(logits: list[float], banned) -> list[float]:
 @settings(deadline=None, max_examples=25)
 @given(TEXTS, st.integers(0, 9))
 def test_no_end_before_the_least_length(texts, least):
-    check(MinLength(EOS, least), texts, lambda logits, text, _: without(logits, [EOS] * (len(text) < least)))
+    check(MinLength([EOS], least), texts, lambda logits, text, _: without(logits, [EOS] * (len(text) < least)))
 
 
 @settings(deadline=None, max_examples=50)
@@ -133,7 +133,7 @@ def test_rules_are_the_processors_of_transformers(texts, name, data):
     match name:
         case "MinNewTokensLength":
             least = data.draw(st.integers(0, 13))
-            rule, arguments = MinLength(EOS, least), (len(prompt), least, EOS)
+            rule, arguments = MinLength([EOS], least), (len(prompt), least, EOS)
         case "NoRepeatNGram":
             arguments = (data.draw(st.integers(1, 4)),)
             rule = NoRepeatNGram(*arguments)
@@ -156,7 +156,7 @@ def test_rules_are_the_processors_of_transformers(texts, name, data):
 
 def test_rules_are_applied_in_their_order_and_leave_a_distribution():
     logits, texts = make_logits(3), [[3, 4, 3], [3], [5, 5]]
-    rules = [RepetitionPenalty(1.3), CountPenalty(0.5, 0.25), NoRepeatNGram(2), MinLength(EOS, 3)]
+    rules = [RepetitionPenalty(1.3), CountPenalty(0.5, 0.25), NoRepeatNGram(2), MinLength([EOS], 3)]
     expected = logits
     for rule in rules:
         expected = rule(expected, texts, [0, 1, 2])
@@ -182,8 +182,8 @@ class Broken:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MinLength(-1, 3), "`eos_id` must be of ids, which are at least 0, but is -1 instead."),
-        (lambda: MinLength(EOS, -1), "`min_new_tokens` must be at least 0, but is -1 instead."),
+        (lambda: MinLength([-1], 3), "`eos_ids` must be of ids, which are at least 0, but is -1 instead."),
+        (lambda: MinLength([EOS], -1), "`min_new_tokens` must be at least 0, but is -1 instead."),
         (lambda: NoRepeatNGram(0), "`size` must be at least 1, but is 0 instead."),
         (lambda: RepetitionPenalty(0.0), "`penalty` must be above 0 and finite, but is 0.0 instead."),
         (lambda: RepetitionPenalty(1.5, [[-2]]), "`prompts` must be of ids, which are at least 0, but is -2 instead."),

@@ -87,12 +87,12 @@ def greedy(table: Tensor, limit: int) -> list[int]:
 def run_beam(made: Tensor, beam: int, limit: int | list[int], **options) -> list[list[Decoded]]:
     steps = Table(made)
     options = {"banned": BANNED, **options}
-    return beam_search(steps.logits(), steps, BeamSearch(beam=beam, eos_id=EOS, **options), limit)
+    return beam_search(steps.logits(), steps, BeamSearch(beam=beam, eos_ids=[EOS], **options), limit)
 
 
 def run(made: Tensor, sampler: Sampler, limit: int | list[int], **options) -> list[Decoded]:
     steps = Table(made)
-    return generate(steps.logits(), steps, sampler, limit, eos_id=EOS, banned=BANNED, **options)
+    return generate(steps.logits(), steps, sampler, limit, eos_ids=[EOS], banned=BANNED, **options)
 
 
 def test_the_toy_is_what_search_asks_for():
@@ -113,7 +113,7 @@ def test_greedy_is_the_plain_loop_for_each_row_and_its_own_limit(seed, limits):
 def test_finished_rows_leave_the_batch_and_no_step_is_wasted():
     made = tables(13, 5)
     steps = Table(made)
-    results = generate(steps.logits(), steps, GREEDY, 11, eos_id=EOS, banned=BANNED)
+    results = generate(steps.logits(), steps, GREEDY, 11, eos_ids=[EOS], banned=BANNED)
     lengths = [len(result.ids) for result in results]
     assert len(set(lengths)) > 2
     expected = [sum(length > step for length in lengths) for step in range(1, 11)]
@@ -126,7 +126,7 @@ def test_a_stream_is_the_batch_told_step_by_step(seed, rows):
     made = tables(rows, seed)
     steps = Table(made)
     generators = [torch.Generator().manual_seed(row) for row in range(rows)]
-    tokens = list(stream(steps.logits(), steps, Sampler(), 7, eos_id=EOS, banned=BANNED, generator=generators))
+    tokens = list(stream(steps.logits(), steps, Sampler(), 7, eos_ids=[EOS], banned=BANNED, generator=generators))
     generators = [torch.Generator().manual_seed(row) for row in range(rows)]
     results = run(made, Sampler(), 7, generator=generators)
     for row, result in enumerate(results):
@@ -144,7 +144,7 @@ def test_alternatives_are_the_likeliest_tokens_before_temperature_and_cuts(seed,
         steps, generator = Table(made), torch.Generator().manual_seed(seed)
         sampler = Sampler(temperature=2.0, top_k=3)
         return list(
-            stream(steps.logits(), steps, sampler, 7, eos_id=EOS, banned=BANNED, generator=generator, **options)
+            stream(steps.logits(), steps, sampler, 7, eos_ids=[EOS], banned=BANNED, generator=generator, **options)
         )
 
     told = run(top_logprobs=count)
@@ -273,7 +273,7 @@ def test_a_finished_sentence_leaves_the_batch():
 
     def rows_seen(made: Tensor) -> list[int]:
         steps = Table(made)
-        beam_search(steps.logits(), steps, BeamSearch(beam=2, eos_id=EOS, length_penalty=0.0, banned=BANNED), limit)
+        beam_search(steps.logits(), steps, BeamSearch(beam=2, eos_ids=[EOS], length_penalty=0.0, banned=BANNED), limit)
         return steps.rows_seen
 
     alone = [rows_seen(made[[row]]) for row in range(5)]
@@ -324,7 +324,7 @@ def test_more_texts_than_there_are_is_not_an_error():
     [
         ({"beam": 0}, "`beam` must be at least 1, but is 0 instead."),
         ({"beam": 2, "nbest": 3}, "`nbest` must be between 1 and beam (2), but is 3 instead."),
-        ({"beam": 2, "length_penalty": -1.0}, "`length_penalty` must be at least 0, but is -1.0 instead."),
+        ({"beam": 2, "length_penalty": -1.0}, "`length_penalty` must be at least 0 and finite, but is -1.0 instead."),
         ({"beam": 2, "patience": 0.0}, "`patience` must be above 0, or left out, but is 0.0 instead."),
         ({"beam": 2, "lengths": "mean"}, "`lengths` must be power or gnmt, but is 'mean' instead."),
         ({"beam": 2, "limit": 0}, "`max_new_tokens` must be at least 1, but is 0 instead."),
@@ -341,7 +341,7 @@ def test_refuses_a_search_that_makes_no_sense(options, message, without_shape_ch
     [
         lambda made: run(made, GREEDY, 3),
         lambda made: run_beam(made, 2, 3),
-        lambda made: run_beam(made, 2, 3, banned=[BOS], rules=[MinLength(EOS, 1)]),
+        lambda made: run_beam(made, 2, 3, banned=[BOS], rules=[MinLength([EOS], 1)]),
     ],
 )
 def test_a_model_of_nan_is_an_error_and_not_a_text(search):

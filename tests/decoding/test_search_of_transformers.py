@@ -79,7 +79,7 @@ def compare(marian, beam: int, alpha: float, theirs: dict, ours: dict) -> list[l
     steps = Marian(marian, src, mask)
     first = steps.step(torch.full((len(src),), BOS))
     options = {"beam": beam, "length_penalty": alpha, "nbest": 2, "banned": BANNED, **ours}
-    found = beam_search(first, steps, BeamSearch(eos_id=EOS, **options), limit)
+    found = beam_search(first, steps, BeamSearch(eos_ids=[EOS], **options), limit)
     assert (out.sequences == EOS).any(1).all()  # texts cut at the limit they rank among the finished, we after them
     for row, texts in enumerate(found):
         for rank, text in enumerate(texts):
@@ -109,14 +109,14 @@ def test_a_patience_of_one_is_early_stopping(marian, alpha, beam):
 @pytest.mark.parametrize(
     ("theirs", "rules"),
     [
-        ({"min_new_tokens": 5}, [MinLength(EOS, 5)]),
+        ({"min_new_tokens": 5}, [MinLength([EOS], 5)]),
         ({"no_repeat_ngram_size": 1}, [NoRepeatNGram(1)]),
         ({"no_repeat_ngram_size": 2}, [NoRepeatNGram(2)]),
         (
             {"bad_words_ids": [[BOS], [PAD], *([word] for word in range(3, 13)), [13, 14], [15]]},
             [BannedWords([*([word] for word in range(3, 13)), [13, 14], [15]])],
         ),
-        ({"min_new_tokens": 5, "no_repeat_ngram_size": 2}, [MinLength(EOS, 5), NoRepeatNGram(2)]),
+        ({"min_new_tokens": 5, "no_repeat_ngram_size": 2}, [MinLength([EOS], 5), NoRepeatNGram(2)]),
     ],
 )
 def test_bans_are_theirs(marian, theirs, rules):

@@ -63,14 +63,14 @@ def log_probs(table: Tensor, ids: list[int], rules: list[Rule], request: int) ->
 def run(made: Tensor, rules: list[Rule], limit, sampler: Sampler = GREEDY, **options) -> list[Decoded]:
     steps = Table(made)
     first = steps.step(torch.full((len(made),), BOS))
-    return generate(first, steps, sampler, limit, eos_id=EOS, banned=BANNED, rules=rules, **options)
+    return generate(first, steps, sampler, limit, eos_ids=[EOS], banned=BANNED, rules=rules, **options)
 
 
 def run_beam(made: Tensor, rules: list[Rule], limit, beam: int, **options) -> list[list[Decoded]]:
     steps = Table(made)
     first = steps.step(torch.full((len(made),), BOS))
     options = {"beam": beam, "banned": BANNED, "rules": rules, **options}
-    return beam_search(first, steps, BeamSearch(eos_id=EOS, **options), limit)
+    return beam_search(first, steps, BeamSearch(eos_ids=[EOS], **options), limit)
 
 
 SENTENCES = 5
@@ -88,7 +88,7 @@ def possible_rules(draw) -> list:
         lambda rows: LogitBias({3: 1.5, EOS: -0.5}),
         lambda rows: BannedWords([[4, 5, 4], [3, 4]]),
         lambda rows: NoRepeatNGram(2),
-        lambda rows: MinLength(EOS, 3),
+        lambda rows: MinLength([EOS], 3),
     ]
     chosen = draw(st.lists(st.sampled_from(makers), unique=True))
     return [lambda rows: ForcedPrefix([prefixes[row] for row in rows]), *chosen]
@@ -211,7 +211,12 @@ def test_impossible_rules_are_an_error_that_says_where():
 def test_fewer_alternatives_are_told_where_fewer_are_possible():
     steps = Table(tables(1, 0))
     first = steps.step(torch.tensor([BOS]))
-    options = {"eos_id": EOS, "banned": BANNED, "rules": [ForcedPrefix([[5]]), MinLength(EOS, 2)], "top_logprobs": 9}
+    options = {
+        "eos_ids": [EOS],
+        "banned": BANNED,
+        "rules": [ForcedPrefix([[5]]), MinLength([EOS], 2)],
+        "top_logprobs": 9,
+    }
     tokens = list(stream(first, steps, GREEDY, 2, **options))
     assert [len(token.alternatives) for token in tokens] == [1, VOCAB - EOS - 1]
     assert tokens[0].alternatives == ((5, 0.0),)

@@ -66,11 +66,13 @@ def test_a_text_is_the_same_bits_with_drafts_of_any_quality(
         return [torch.Generator().manual_seed(row) for row in range(len(asked))]
 
     first, steps = start_texts(ready, asked, 80)
-    plain = sorted(stream(first, steps, sampler, limits, eos_id=EOS, generator=generators()), key=lambda one: one.row)
+    plain = sorted(
+        stream(first, steps, sampler, limits, eos_ids=[EOS], generator=generators()), key=lambda one: one.row
+    )
     whole = {tuple(ids): ids + [t.id for t in plain if t.row == row] for row, ids in enumerate(asked)}
     drafts = [NGrams() if lookup else Guesses(whole, draw)] * len(asked)
     first, steps = start_texts(ready, asked, 80)
-    found = speculate(first, steps, sampler, limits, drafts, asked, count=count, eos_id=EOS, generators=generators())
+    found = speculate(first, steps, sampler, limits, drafts, asked, count=count, eos_ids=[EOS], generators=generators())
     assert sorted(found, key=lambda one: one.row) == plain
 
 

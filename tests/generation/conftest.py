@@ -16,7 +16,7 @@ def make() -> Callable[..., Any]:
     from triglot.generation.engine import Engine
     from triglot.models.factory import build_model
     from triglot.recipe import from_dict
-    from triglot.tokenizer import Tokenizer, Tokenizers
+    from triglot.tokenizer import SpecialIds, Tokenizer, Tokenizers
 
     def make(
         kind: str,
@@ -48,7 +48,7 @@ def make() -> Callable[..., Any]:
                 if name.endswith("selection_bias"):
                     buffer.uniform_(-0.5, 0.5)
             bias = torch.zeros(size)
-            bias[Tokenizer.eos_id] = 3.0 if pairs else 1.5
+            bias[SpecialIds().eos] = 3.0 if pairs else 1.5
             bias[3 + len(tags) :] = torch.randn(size - 3 - len(tags)) / 2
             model.projection.bias = torch.nn.Parameter(bias)
         return Engine(model, config, Tokenizers(tokenizer, tokenizer), precision=precision)

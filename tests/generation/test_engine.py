@@ -188,17 +188,6 @@ def test_a_run_is_loaded_as_an_engine(writer, tmp_path, dtype):
     assert engine.generate(PROMPTS, seed=3) == expected.generate(PROMPTS, seed=3)
 
 
-def test_a_text_is_no_list_of_texts(translator, writer):
-    for call in (translator.translate, writer.generate):
-        with pytest.raises(ConfigError, match="must be a list of texts, but is 'abc' instead"):
-            call("abc")
-
-
-def test_only_texts_are_texts():
-    with pytest.raises(ConfigError, match="`lines` must be a list of texts, but is None instead"):
-        ready.refuse_text("lines", ["abc", None])
-
-
 def test_a_seed_has_64_bits_and_the_next_one_after_the_last_is_the_first(writer):
     for seed in (2**64, -1, [2**64]):
         with pytest.raises(ConfigError, match=r"`seed` must be a whole number from 0 to 2\^64 − 1"):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from triglot.errors import DataError
-from triglot.generation.files import lines_of, translate_lines, written
+from triglot.generation.files import CHUNK, lines_of, pays, translate_lines, written
 from triglot.generation.results import Hypothesis
 
 
@@ -48,6 +48,19 @@ def test_no_more_than_a_chunk_is_read_ahead(upper):
 def test_n_best_lists_tell_line_and_score(upper):
     lines = list(written(translate_lines(upper, ["a", "b"], nbest=2), nbest=2))
     assert lines == ["1\t-0.0000\tA\n", "1\t-1.0000\tA\n", "2\t-0.0000\tB\n", "2\t-1.0000\tB\n"]
+
+
+@pytest.mark.parametrize("enough", [1, 1025, 3072, 3073, 10**6])
+@pytest.mark.usefixtures("without_shape_checks")
+def test_lines_are_read_ahead_until_they_are_enough_work(translator, monkeypatch, enough):
+    """Of a token each, by a model that is looked at as one of a parameter."""
+    monkeypatch.setattr("triglot.generation.files.ENOUGH", 2 * enough)
+    monkeypatch.setattr("triglot.generation.files.count_active_parameters", lambda _: 1)
+    read, total = [], 3 * CHUNK
+    found, lines = pays(translator, (read.append(n) or "a" for n in range(total)), beam=2)
+    assert found == (enough <= total)
+    assert len(read) == min(total, -(-enough // CHUNK) * CHUNK)
+    assert list(lines) == ["a"] * total
 
 
 def test_a_line_feed_in_a_translation_does_not_make_two_lines():

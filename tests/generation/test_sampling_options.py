@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from triglot.errors import CheckpointError, ConfigError, DataError
 from triglot.generation import texts as texts_module
-from triglot.generation.options import Sampling
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds, Tokenizer
 
 PROMPTS = ["", "To be", "ü", "a longer prompt, to be sure", "x"]
-EOS = Tokenizer.eos_id
+EOS = SpecialIds().eos
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +254,6 @@ def test_what_can_not_be_is_refused_before_work_starts(writer, monkeypatch, opti
     for call in (lambda: writer.generate(["x"], **options), lambda: writer.stream("x", **options)):
         with pytest.raises(ConfigError, match=message):
             call()
-
-
-@pytest.mark.usefixtures("without_shape_checks")
-def test_what_happens_past_the_context_is_one_of_two_things():
-    with pytest.raises(ConfigError, match="`past_context` must be error or slide, but is 'cut' instead"):
-        Sampling(past_context="cut")
 
 
 def test_a_stream_is_one_text(writer):

@@ -15,7 +15,7 @@ from triglot.generation.scoring import prompt_ids, score_file, score_pairs, scor
 from triglot.layers.masks import create_masks
 from triglot.models.factory import build_model
 from triglot.recipe import from_dict
-from triglot.tokenizer import Tokenizer, Tokenizers
+from triglot.tokenizer import SpecialIds, Tokenizer, Tokenizers
 
 WINDOW, CONTEXT = 61, 13
 CORPUS = ["the cat sat on the mat, the dog sat on the log; ein Hund, zwei Katzen, Käse und Brot " * 3]
@@ -89,7 +89,7 @@ def test_without_a_prompt_the_first_token_comes_after_the_begin_token():
     for packing in ("documents", "crops"):
         config, model = make("decoder_only", packing=packing)
         [found] = score_texts(model, config, TOKENIZER, ["the cat"])
-        first = model(torch.tensor([[Tokenizer.bos_id]])).logits[0].log_softmax(-1)[0, found.tokens[0]]
+        first = model(torch.tensor([[SpecialIds().start]])).logits[0].log_softmax(-1)[0, found.tokens[0]]
         assert found.log_probs[0] == pytest.approx(first.item(), abs=1e-4)
         assert found == score_texts(model, config, TOKENIZER, ["the cat"], [""])[0]
 
@@ -103,7 +103,7 @@ def test_a_target_has_the_log_probs_of_a_plain_forward_pass_given_its_source(opt
     ):
         src = torch.tensor(TOKENIZERS.encode_sources([source], [tag]))
         wanted = TOKENIZER.encode(target, eos=True)
-        tgt = torch.tensor([[Tokenizer.bos_id, *wanted[:-1]]])
+        tgt = torch.tensor([[SpecialIds().start, *wanted[:-1]]])
         expected = log_p(model(src, tgt, *create_masks(src, tgt)).logits[0], wanted)
         torch.testing.assert_close(torch.tensor(found.log_probs), expected, **CLOSE)
         assert found.tokens == wanted
@@ -176,7 +176,7 @@ def path(tmp_path):
 def test_a_file_is_its_text_in_windows_side_by_side(path):
     config, model = make("decoder_only", packing="crops")
     text = path.read_text(encoding="utf-8")
-    ids = [Tokenizer.bos_id, *TOKENIZER.encode(text)]
+    ids = [SpecialIds().start, *TOKENIZER.encode(text)]
     for context in (None, 1, CONTEXT + 2, WINDOW):
         found, size = score_file(model, config, TOKENIZER, path, context=context), context or CONTEXT
         expected = -in_windows(model, ids, size).sum().item()
@@ -193,7 +193,7 @@ def test_past_the_context_a_text_is_scored_in_windows_that_begin_with_its_prompt
     config, model = make("decoder_only")
     prompt, text = " the cat" * 60, " sat on the mat"
     [found] = score_texts(model, config, TOKENIZER, [text], [prompt], past_context="windows")
-    expected = in_windows(model, [Tokenizer.bos_id, *TOKENIZER.encode(prompt + text)], WINDOW)[-len(found.tokens) :]
+    expected = in_windows(model, [SpecialIds().start, *TOKENIZER.encode(prompt + text)], WINDOW)[-len(found.tokens) :]
     torch.testing.assert_close(torch.tensor(found.log_probs), expected, **CLOSE)
     with pytest.raises(DataError, match=r'`text 2` must be at most 61 tokens long .*"windows" goes beyond\), but is'):
         score_texts(model, config, TOKENIZER, ["a", text], ["", prompt])

@@ -15,12 +15,12 @@ from triglot.decoding.search import normalised
 from triglot.errors import CheckpointError, ConfigError, DataError
 from triglot.generation import sentences
 from triglot.generation.engine import Engine
-from triglot.generation.results import Hypothesis
+from triglot.generation.results import Alignment, Hypothesis
 from triglot.generation.workers import Workers
 from triglot.layers.masks import create_masks
 from triglot.layers.packed import multiplies_bf16
 from triglot.recipe import from_dict
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds, Tokenizer
 
 LINES = ["one two three", "", "a", "ein langer Satz, mit Komma", "   ", "zwei", "drei vier"]
 TEXTS = [row for row, line in enumerate(LINES) if line.strip()]
@@ -67,6 +67,23 @@ def test_scores_that_nobody_asks_for_change_no_text(translator, beam):
         assert other.log_probs == []
 
 
+def test_the_best_texts_differ_in_what_they_spell(make):
+    """Of "a", "b" and "ab", by which a text has many spellings; a token's probability is the same everywhere."""
+    tokenizer, how = Tokenizer.train("bpe", ["ab ab " * 9], 260), {"beam": 12, "nbest": 8, "length_penalty": 0.0}
+    engine, logits = make("encoder_decoder", tokenizer=tokenizer), torch.full((tokenizer.vocab_size,), -1e9)
+    a, b = tokenizer.encode_batch(["a", "b"])
+    logits[[*a, *b, *tokenizer.encode("ab"), SpecialIds().eos]] = torch.tensor([2.0, 1.9, 1.3, 2.2])
+    with torch.no_grad():
+        engine.model.final_layer.weight.zero_()
+        engine.model.final_layer.bias.copy_(logits)
+    [found], [raw] = engine.translate(["one"], **how), engine._find([[1, 5, 2]], BeamSearch(eos_ids=[2], **how), 11)
+    texts = [tokenizer.decode(one.ids) for one in raw]
+    assert texts[:8].count("ab") == 2
+    assert [one.text for one in found] == list(dict.fromkeys(texts))[:8]
+    assert [one.tokens for one in found] == [raw[texts.index(one.text)].ids for one in found]
+    assert engine.translate(["one"], **how | {"nbest": 1})[0] == found[:1]
+
+
 @pytest.mark.parametrize("lengths", ["power", "gnmt"])
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_scores_are_divided_by_what_was_asked_for(translator, lengths, alpha):
@@ -104,7 +121,7 @@ def test_no_end_comes_early_no_n_gram_twice_and_no_banned_word(translator):
     for row in TEXTS:
         for one in translator.translate(LINES, beam=3, nbest=3, **how)[row]:
             assert len(one.tokens) > 6
-            assert Tokenizer.eos_id not in one.tokens[:6]
+            assert SpecialIds().eos not in one.tokens[:6]
             pairs = list(itertools.pairwise(one.tokens))
             assert len(pairs) == len(set(pairs))
             assert word not in one.text
@@ -145,9 +162,9 @@ def test_alternatives_are_the_likeliest_tokens_each_with_the_best_text_that_goes
     for one in found:
         assert one.piece == translator.tokenizers.target.pieces([one.token])[0]
         assert one.best.tokens[:3] == [*tgt[0, 1:].tolist(), one.token]
-        if one.token == Tokenizer.eos_id:
+        if one.token == SpecialIds().eos:
             assert one.best.text == "ab"
-    assert Tokenizer.eos_id in [one.token for one in translator.alternatives(line, prefix, 100)]
+    assert SpecialIds().eos in [one.token for one in translator.alternatives(line, prefix, 100)]
 
 
 def test_the_best_alternative_goes_on_as_the_translation_does(translator):
@@ -161,9 +178,10 @@ def test_the_best_alternative_goes_on_as_the_translation_does(translator):
 def test_alignments_are_the_attention_of_the_step_that_reads_the_token(translator):
     plain, aligned = translator.translate(LINES, nbest=2), translator.translate(LINES, nbest=2, alignments=True)
     assert [[one._replace(alignment=None) for one in row] for row in aligned] == plain
+    assert aligned[1][0].alignment == Alignment([], [], [])
     for line, row in zip(LINES, aligned, strict=True):
         for one in row if line.strip() else ():
-            produced = [token for token in one.tokens if token != Tokenizer.eos_id]
+            produced = [token for token in one.tokens if token != SpecialIds().eos]
             weights = torch.tensor(one.alignment.weights).view(len(produced), -1)
             assert weights.shape[0] == len(one.alignment.target) == len(produced)
             if not produced:
@@ -250,6 +268,7 @@ def test_several_processes_find_what_one_does(folder, run):
         assert several.translate([]) == []
     finally:
         several.close()
+    assert several.translate(LINES, **how) == run.translate(LINES, **how)  # by itself
 
 
 def test_shares_of_workers_know_their_own_requests(translator, monkeypatch):

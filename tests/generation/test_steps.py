@@ -144,7 +144,7 @@ def prepared_models(name: str, precision: str):
 
 def translations(name: str, precision: str, sources: list[list[int]], beam: int, limits: list[int], places: int):
     prepared, _ = prepared_models(name, precision)
-    how = BeamSearch(beam=beam, eos_id=EOS, nbest=beam)
+    how = BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam)
     return search(prepared, sources, limits, how, BOS, places)
 
 
@@ -153,7 +153,7 @@ def continuations(name: str, precision: str, prompts: list[list[int]], seeds: li
     _, prepared = prepared_models(name, precision)
     first, steps = start_texts(prepared, prompts, LONGEST)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return generate(first, steps, sampler, limits, eos_id=EOS, generator=generators)
+    return generate(first, steps, sampler, limits, eos_ids=[EOS], generator=generators)
 
 
 requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_size=1, max_size=9)

@@ -23,11 +23,11 @@ from triglot.generation.structured import (
     json_schema_grammar,
     regex_grammar,
 )
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds, Tokenizer
 
 pytest.importorskip("llguidance")
 
-EOS, ROWS, LIMIT = Tokenizer.eos_id, 5, 150
+EOS, ROWS, LIMIT = SpecialIds().eos, 5, 150
 CORPUS = ['{"name": "Anna", "age": 31, "tags": ["x", true]} nein ja vielleicht 2024-11 abcd 🙂🙂 grün null <eos> ' * 3]
 TOKENIZERS = {
     "byte": Tokenizer.train("byte", []),
@@ -106,7 +106,7 @@ def write(rule: Rule, tokenizer: Tokenizer, seed: int, temperature: float, limit
     first = whim.step(torch.zeros(ROWS))
     generator = torch.Generator().manual_seed(seed)
     sampler = Sampler(temperature=temperature)
-    return generate(first, whim, sampler, limit, eos_id=EOS, rules=[rule], generator=generator)
+    return generate(first, whim, sampler, limit, eos_ids=[EOS], rules=[rule], generator=generator)
 
 
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -119,9 +119,18 @@ temperatures = pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_what_is_written_under_a_schema_is_valid(schema, kind, temperature):
     tokenizer, form = TOKENIZERS[kind], SCHEMAS[schema]
     for seed in range(5):
-        for text in write(from_json_schema(form, tokenizer, ROWS, whitespace=False), tokenizer, seed, temperature):
+        for text in write(from_json_schema(form, tokenizer, ROWS), tokenizer, seed, temperature):
             assert not text.truncated
             assert valid(json.loads(tokenizer.decode(text.ids)), form)
+
+
+@kinds
+def test_no_white_space_stands_between_the_parts_of_json(kind):
+    rule = from_json_schema({"type": "array", "items": PERSON, "minItems": 2}, TOKENIZERS[kind], 1)
+    spaces = {token for token in range(TOKENIZERS[kind].vocab_size) if TOKENIZERS[kind].token_bytes(token).isspace()}
+    for begun in ("", "[", '[{"name":"a b"', '[{"name":"a b",', '[{"name":"a b","age":', '[{"name":"","age":1}'):
+        assert spaces
+        assert not allowed(rule, TOKENIZERS[kind], TOKENIZERS[kind].encode(begun)) & spaces
 
 
 @kinds
@@ -142,7 +151,7 @@ def test_beams_follow_the_rule_of_their_sentence(kind):
     for seed in range(5):
         whim = Whim(tokenizer, seed)
         first = whim.step(torch.zeros(3))
-        found = beam_search(first, whim, BeamSearch(beam=4, nbest=3, eos_id=EOS, rules=[rule]), 40)
+        found = beam_search(first, whim, BeamSearch(beam=4, nbest=3, eos_ids=[EOS], rules=[rule]), 40)
         for texts, regex in zip(found, regexes, strict=True):
             assert texts
             assert all(re.fullmatch(regex, tokenizer.decode(text.ids)) for text in texts if not text.truncated)
@@ -172,8 +181,8 @@ def test_all_that_matches_can_be_written_and_may_end_where_it_matches(regex, kin
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_valid_value_can_be_written(schema, kind):
     tokenizer = TOKENIZERS[kind]
-    for whitespace, separators in ((False, (",", ":")), (True, (", ", ": "))):
-        rule = from_json_schema(json.dumps(SCHEMAS[schema]), tokenizer, 1, whitespace=whitespace)
+    for asked, separators in (({}, (",", ":")), ({"x-guidance": {"whitespace_flexible": True}}, (", ", ": "))):
+        rule = from_json_schema(json.dumps(SCHEMAS[schema] | asked), tokenizer, 1)
         for value in VALID[schema]:
             ids = tokenizer.encode(json.dumps(value, ensure_ascii=False, separators=separators), eos=True)
             for number, token in enumerate(ids):
@@ -188,7 +197,7 @@ def test_what_may_follow_depends_on_a_rows_text_alone(kind, data):
     regex, schema = r"[a-c]*d?🙂{1,2}", SCHEMAS["object"]
     grammars = [regex_grammar(regex), json_schema_grammar(schema), None]
     whole = [tokenizer.encode(text) for text in ("abcd🙂🙂", '{"name":"🙂ü","age":120}', "anything")]
-    others = [tokenizer.encode(text) for text in ("cc🙂", '{"name": "Anna" , "age":31}', "")]
+    others = [tokenizer.encode(text) for text in ("cc🙂", '{"name":"A nna","age":31}', "")]
     rule = Structured(tokenizer, grammars)
     for _ in range(4):
         requests = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=7))
@@ -206,7 +215,7 @@ def test_what_may_follow_depends_on_a_rows_text_alone(kind, data):
 def test_a_text_that_is_cut_off_is_the_beginning_of_one_that_follows(kind):
     tokenizer, form = TOKENIZERS[kind], SCHEMAS["one of two"]
     for seed in range(5):
-        rule = from_json_schema(form, tokenizer, ROWS, whitespace=False)
+        rule = from_json_schema(form, tokenizer, ROWS)
         begun = [text.ids for text in write(rule, tokenizer, seed, 1.0, limit=7) if text.truncated]
 
         def go_on(logits, texts, requests, rule=rule, begun=begun):
@@ -216,7 +225,7 @@ def test_a_text_that_is_cut_off_is_the_beginning_of_one_that_follows(kind):
 
         whim = Whim(tokenizer, seed)
         for text, end in zip(
-            begun, generate(whim.step(begun), whim, Sampler(), LIMIT, eos_id=EOS, rules=[go_on]), strict=True
+            begun, generate(whim.step(begun), whim, Sampler(), LIMIT, eos_ids=[EOS], rules=[go_on]), strict=True
         ):
             assert valid(json.loads(tokenizer.decode([*text, *end.ids])), form)
 
@@ -233,15 +242,15 @@ def test_a_grammar_may_be_laid_down_in_lark():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda t: from_json_schema("{", t, 1), r"`schema` must be JSON, but is not: "),
-        (lambda t: from_json_schema({"enum": [{1, 2}]}, t, 1), r"`schema` must be JSON, but is not: "),
-        (lambda t: from_json_schema("3", t, 1), r"`schema` must be a JSON object, but is 3 instead\."),
-        (lambda t: from_json_schema({"type": "foo"}, t, 1), r"`schema` must be .* against it: Invalid type: foo"),
-        (lambda t: from_json_schema({"not": {}}, t, 1), r"`schema` must be .*Unimplemented keys: \[\"not\"\]"),
+        (lambda t: from_json_schema("{", t, 1), r"`json_schema` must be JSON, but is not: "),
+        (lambda t: from_json_schema({"enum": [{1, 2}]}, t, 1), r"`json_schema` must be JSON, but is not: "),
+        (lambda t: from_json_schema("3", t, 1), r"`json_schema` must be a JSON object, but is 3 instead\."),
+        (lambda t: from_json_schema({"type": "foo"}, t, 1), r"`json_schema` must be .* against it: Invalid type: foo"),
+        (lambda t: from_json_schema({"not": {}}, t, 1), r"`json_schema` must be .*Unimplemented keys: \[\"not\"\]"),
         (lambda t: from_regex("[ab", t, 1), r"`regex` must be one that llguidance can .* unclosed char"),
         (lambda t: from_regex("a(?=b)", t, 1), r"`regex` must be .*look-around.* is not supported"),
         (lambda t: from_regex(r"[^\s\S]", t, 1), r"`grammar` must be one that llguidance can follow, but"),
-        (lambda t: from_json_schema({"type": "integer", "minimum": 5, "maximum": 3}, t, 1), "`schema` .* Unsatis"),
+        (lambda t: from_json_schema({"type": "integer", "minimum": 5, "maximum": 3}, t, 1), "`json_schema` .* Unsatis"),
         (lambda t: from_grammar("start: other", t, 1), r"`grammar` must be .* unknown name: \"other\""),
     ],
 )  # fmt: skip

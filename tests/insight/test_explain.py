@@ -26,7 +26,7 @@ from triglot.generation.engine import Engine
 from triglot.insight.explain import align, explain, merge, words_of
 from triglot.layers.masks import create_masks
 from triglot.models.factory import build_model
-from triglot.tokenizer import Tokenizer, Tokenizers
+from triglot.tokenizer import SpecialIds, Tokenizer, Tokenizers
 
 LAYERS, HEADS = 3, 2
 SOURCE = "one & two </script><script>alert('house')</script> <b>three</b> \u202e"
@@ -225,7 +225,7 @@ def test_without_a_target_it_is_the_best_one_of_the_beam(pair_run, tmp_path):
     page = Reader(explain(pair_run, SOURCE, out=tmp_path / "deep" / "page.html").read_text(encoding="utf-8")).page
     model, config, tokenizers = load_model(pair_run)
     found = Engine(model, config, tokenizers).translate([SOURCE], beam=3)[0][0]
-    tokens = [token for token in found.tokens if token != Tokenizer.eos_id]
+    tokens = [token for token in found.tokens if token != SpecialIds().eos]
     assert [token["piece"] for token in page["tokens"]] == [*tokenizers.target.pieces(tokens), "<eos>"]
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from triglot.allocator import keep_freed_memory
-from triglot.errors import ConfigError, TriglotError
+from triglot.errors import ConfigError, TriglotError, require
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the system says of a disk that takes no more."""
@@ -90,15 +90,14 @@ def _main(
 
 def device_of(wanted: str | None) -> str:
     """A device that is there; the GPU if nothing is said and there is one."""
-    import torch
+    from triglot.distributed.team import device_here
 
-    from triglot.distributed.team import local_device
+    return str(device_here(wanted, "--device"))
 
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=local_device(torch.device(wanted))).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"`--device` must be one that is here, but is {wanted!r} instead ({reason}).") from error
-    return wanted
+
+def left_out(where: str, **given: Any) -> None:
+    """Raise ConfigError for an option that is given where it does not count."""
+    for name, value in given.items():
+        if value is True:
+            raise ConfigError(f"`--{name.replace('_', '-')}` must be left out {where}, but is given instead.")
+        require(value in (None, False), f"--{name.replace('_', '-')}", f"left out {where}", value, ConfigError)

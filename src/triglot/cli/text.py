@@ -4,14 +4,16 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from triglot.cli.base import Device, InPrecision, Precision, Run, Tag, TooLong, Which, app, device_of
-from triglot.errors import ConfigError, DataError, TriglotError, require
+from triglot.cli.base import Device, InPrecision, Precision, Run, Tag, TooLong, Which, app, device_of, left_out
+from triglot.errors import ConfigError, DataError, TriglotError, reason, require
 
 
 class PastContext(StrEnum):
@@ -55,7 +57,9 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="The text to continue; empty: a new document.")] = "",
     max_new_tokens: Longest = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; as the run says by default, else 1.", show_default=False)
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many.", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest of so much.", show_default=False)] = None,
     min_p: Annotated[
@@ -64,7 +68,9 @@ def generate(
     typical_p: Annotated[
         float | None, typer.Option(help="Draw from the most typical of so much.", show_default=False)
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less, the prompt too.")] = 1.0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: repeat less, the prompt too.", show_default=False)
+    ] = None,
     presence_penalty: Annotated[float, typer.Option(help="Off the logits of what came.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Off for each time that it came.")] = 0.0,
     logit_bias: Annotated[
@@ -83,10 +89,16 @@ def generate(
     grammar: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text that follows it (Lark).", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed draws the same text; with --interactive each text one more.")
+    ] = 0,
     n: Annotated[int, typer.Option("--n", help="So many texts; with --json.")] = 1,
     top_logprobs: Annotated[int, typer.Option(help="So many alternatives of each token; with --json.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a text, when it is whole.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is said to a model that answers.")] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: what the model is told first.", show_default=False)
+    ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until the input ends.")] = False,
     past_context: Annotated[PastContext, typer.Option(help="Where a text outgrows the context.")] = PastContext.error,
     speculate: Annotated[int, typer.Option(help="Guess so many tokens a step; the text stays the same.")] = 0,
@@ -97,11 +109,16 @@ def generate(
     which: Which = "best",
     device: Device = None,
 ) -> None:
-    """Continue a text, as it comes."""
+    """Continue a text, as it comes, or answer in a conversation."""
     from triglot.generation.engine import load
 
-    require(as_json or n == 1, "--n", "left out without --json", n, ConfigError)
-    require(as_json or top_logprobs == 0, "--top-logprobs", "left out without --json", top_logprobs, ConfigError)
+    if not as_json:
+        left_out("without --json", n=None if n == 1 else n, top_logprobs=top_logprobs)
+    if not chat:
+        left_out("without --chat", system=system)
+    if not speculate:
+        left_out("without --speculate", draft=draft)
+    require(not chat or interactive or bool(prompt), "--prompt", "given with --chat", prompt, ConfigError)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -123,32 +140,44 @@ def generate(
         "past_context": past_context.value,
         "speculate": speculate,
     }
-    require(speculate > 0 or draft is None, "--draft", "left out without --speculate", draft, ConfigError)
     engine = load(run, which=which, device=device_of(device), precision=precision.value, draft=draft)
 
+    said: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+
     def show(prompt: str, seed: int) -> None:
+        asked = [*said, {"role": "user", "content": prompt}] if chat else prompt
+        answer, ends = "", list[str | None]()
         if as_json:
-            for one in engine.generate([prompt], seed=seed, n=n, top_logprobs=top_logprobs, **options):
+            for one in engine.generate([asked], seed=seed, n=n, top_logprobs=top_logprobs, **options):
                 told = {"prompt": prompt, **one._asdict(), "log_prob": one.log_prob}
                 sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
-            return
-        pieces = engine.stream(prompt, seed=seed, **options)
-        sys.stdout.write(prompt)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+                answer = one.text
+                ends.append(one.ended)
+        else:
+            pieces = engine.stream(asked, seed=seed, **options)
+            sys.stdout.write("" if chat else prompt)
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                answer += piece
+            sys.stdout.write("\n")
+            ends.append(pieces.ended)
+        if "limit" in ends and (json_schema or regex or grammar) is not None:
+            cut = "A text ended by its limit (--max-new-tokens): what it has to follow may be unfinished."
+            typer.secho(cut, fg=typer.colors.YELLOW, err=True)
+        said.extend([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
 
     if not interactive or prompt:
         show(prompt, seed)
-    while interactive:
         seed += 1
+    while interactive:
         sys.stderr.write("> ")
         sys.stderr.flush()
         if not (line := sys.stdin.readline()):
             break
         try:
             show(line.removesuffix("\n"), seed)
+            seed += 1
         except TriglotError as error:  # a prompt that is too long is no reason to leave
             typer.secho(str(error), fg=typer.colors.RED, err=True)
 
@@ -172,7 +201,7 @@ def translate(
     alignments: Annotated[bool, typer.Option("--alignments", help="With --json: token by token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of hypotheses for each line.")] = False,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; for long inputs a core each by default.", show_default=False)
+        int | None, typer.Option(help="Processes; where they pay a core each by default.", show_default=False)
     ] = None,
     tag: Tag = None,
     too_long: Annotated[TooLong, typer.Option(help="Where a line is longer than the model reads.")] = TooLong.cut,
@@ -182,23 +211,24 @@ def translate(
 ) -> None:
     """Translate line by line, to standard output; empty lines stay empty, lines that were cut are told."""
     from triglot.generation.engine import load
-    from triglot.generation.files import CHUNK, as_json_lines, lines_of, longer_than, translate_lines, written
-    from triglot.generation.sentences import TextWasCut
+    from triglot.generation.files import CHUNK, as_json_lines, lines_of, pays, translate_lines, written
 
-    require(as_json or not alignments, "--alignments", "left out without --json", True, ConfigError)
+    if not as_json:
+        left_out("without --json", alignments=alignments)
     lines, where = lines_of(None if file == "-" else Path(file)), device_of(device)
     asked = file == "-" and sys.stdin.isatty()
-    if workers is None:
-        workers = 1
-        if where == "cpu" and not asked:
-            is_long, lines = longer_than(lines, CHUNK)
-            workers = _cores() if is_long else 1
-    engine = load(run, which=which, device=where, precision=precision.value, workers=workers)
+    most = workers or (_cores() if where == "cpu" and not asked else 1)
+    engine = load(run, which=which, device=where, precision=precision.value, workers=most)
+    if workers is None and most > 1:
+        enough, lines = pays(engine, lines, beam or engine.config.generation.beam)
+        if not enough:
+            engine.close()
+            most = 1
     results = translate_lines(
         engine,
         lines,
         prefixes=None if prefixes is None else lines_of(prefixes),
-        chunk=1 if asked else CHUNK * workers,
+        chunk=1 if asked else CHUNK * most,
         beam=beam,
         nbest=nbest,
         length_penalty=length_penalty,
@@ -213,9 +243,7 @@ def translate(
         tags=tag,
         too_long=too_long.value,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", TextWasCut)
-        warnings.showwarning = lambda message, *_, **__: typer.secho(str(message), fg=typer.colors.YELLOW, err=True)
+    with told_of_cuts():
         for line in as_json_lines(results) if as_json else written(results, nbest=nbest):
             sys.stdout.write(line)
             if sys.stdout.isatty():
@@ -231,8 +259,14 @@ def alternatives(
     count: Annotated[int, typer.Option(help="So many alternatives.")] = 5,
     beam: Beam = None,
     length_penalty: Alpha = None,
+    lengths: By = Lengths.power,
+    patience: Patience = None,
     max_new_tokens: Longest = None,
+    min_new_tokens: Least = 0,
+    no_repeat_ngram: NoRepeat = None,
+    ban: Ban = None,
     tag: Tag = None,
+    too_long: Annotated[TooLong, typer.Option(help="Where the line is longer than the model reads.")] = TooLong.error,
     precision: InPrecision = Precision.fp32,
     which: Which = "best",
     device: Device = None,
@@ -241,9 +275,20 @@ def alternatives(
     from triglot.generation.engine import load
 
     engine = load(run, which=which, device=device_of(device), precision=precision.value)
-    options = {"beam": beam, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
-    for one in engine.alternatives(text, prefix, count, tag=tag, **options):
-        typer.echo(f"{one.log_prob:.4f}\t{one.piece}\t{' '.join(one.best.text.splitlines())}")
+    options: dict[str, Any] = {
+        "beam": beam,
+        "length_penalty": length_penalty,
+        "lengths": lengths.value,
+        "patience": patience,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "no_repeat_ngram": no_repeat_ngram,
+        "banned_words": ban or [],
+        "too_long": too_long.value,
+    }
+    with told_of_cuts():
+        for one in engine.alternatives(text, prefix, count, tag=tag, **options):
+            typer.echo(f"{one.log_prob:.4f}\t{one.piece}\t{' '.join(one.best.text.splitlines())}")
 
 
 @app.command()
@@ -253,13 +298,21 @@ def score(
     targets: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What the sources become, line by line.", show_default=False)
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What the texts follow, line by line.", show_default=False)
+    ] = None,
+    end: Annotated[bool, typer.Option("--end", help="Of texts: score the end token, too.")] = False,
     whole: Annotated[bool, typer.Option("--whole", help="FILE as one text: perplexity, bits per byte.")] = False,
     context: Annotated[
         int | None, typer.Option(help="Of --whole; the training's by default.", show_default=False)
     ] = None,
     tag: Tag = None,
-    too_long: Annotated[TooLong, typer.Option(help="Where a pair's side is too long.")] = TooLong.error,
-    past_context: Annotated[PastWindow, typer.Option(help="Where a text is too long.")] = PastWindow.error,
+    too_long: Annotated[
+        TooLong | None, typer.Option(help="Where a pair's side is too long; error by default.", show_default=False)
+    ] = None,
+    past_context: Annotated[
+        PastWindow | None, typer.Option(help="Where a text is too long; error by default.", show_default=False)
+    ] = None,
     which: Which = "best",
     device: Device = None,
 ) -> None:
@@ -268,8 +321,10 @@ def score(
     from triglot.generation.files import lines_of, score_lines
 
     engine = load(run, which=which, device=device_of(device))
+    of_pairs, of_texts = {"tag": tag, "too_long": too_long}, {"prompts": prompts, "past_context": past_context}
     if whole:
-        require(file != "-" and targets is None, "--whole", "with a file of running text alone", file, ConfigError)
+        require(file != "-", "--whole", "with a file", file, ConfigError)
+        left_out("with --whole", targets=targets, **of_pairs, **of_texts, end=end)
         found = engine.score_file(file, context=context)
         told = {
             "perplexity": f"{found.perplexity:.4f}",
@@ -281,15 +336,30 @@ def score(
         for name, value in told.items():
             typer.echo(f"{name:13}  {value}")
         return
-    pairs = engine.config.model.kind == "encoder_decoder"
-    rule = "a file of translations, since the run translates" if pairs else "left out, since the run goes on from texts"
-    require((targets is not None) == pairs, "--targets", rule, targets and str(targets), ConfigError)
-    options: dict[str, Any] = {"past_context": past_context.value}
-    if pairs:
-        options = {"tags": tag, "too_long": too_long.value}
+    left_out("without --whole", context=context)
+    options: dict[str, Any]
+    if engine.config.model.kind == "encoder_decoder":
+        rule = "a file of translations, since the run translates"
+        require(targets is not None, "--targets", rule, targets, ConfigError)
+        left_out("where the run translates", **of_texts, end=end)
+        beside, options = targets, {"tags": tag, "too_long": TooLong(too_long or "error").value}
+    else:
+        left_out("where the run goes on from texts", targets=targets, **of_pairs)
+        beside, options = prompts, {"end": end, "past_context": PastWindow(past_context or "error").value}
     lines = lines_of(None if file == "-" else Path(file))
-    for line in score_lines(engine, lines, None if targets is None else lines_of(targets), **options):
+    for line in score_lines(engine, lines, None if beside is None else lines_of(beside), **options):
         sys.stdout.write(line)
+
+
+@contextmanager
+def told_of_cuts() -> Iterator[None]:
+    """Lines of which only the beginning is read are told, each once."""
+    from triglot.generation.sentences import TextWasCut
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TextWasCut)
+        warnings.showwarning = lambda message, *_, **__: typer.secho(str(message), fg=typer.colors.YELLOW, err=True)
+        yield
 
 
 def _cores() -> int:
@@ -309,4 +379,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds
 
 IGNORED = -100
 """The target of a position that is not scored."""
@@ -25,11 +25,14 @@ class LanguageBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Sources and targets: `tgt_in` is [BOS, y1 … yn], `tgt_out` [y1 … yn, EOS]; padding is 0, in `tgt_out` −100."""
+    """Sources and targets: `tgt_in` is [BOS, y1 … yn], `tgt_out` [y1 … yn, EOS], which is padded with −100."""
 
     src: Int[Tensor, "batch src_length"]
     tgt_in: Int[Tensor, "batch tgt_length"]
     tgt_out: Int[Tensor, "batch tgt_length"]
+    src_real: Bool[Tensor, "batch src_length"] | None = None
+    """What is no padding; None: all ids but 0. Models of others begin a target with the id that they pad with."""
+    tgt_real: Bool[Tensor, "batch tgt_length"] | None = None
 
 
 Batch = LanguageBatch | PairBatch
@@ -57,7 +60,7 @@ def unscored(batch: Batch) -> Batch:
     return batch._replace(targets=torch.full_like(batch.targets, IGNORED))
 
 
-def padded(rows: Sequence[ArrayLike], value: int = Tokenizer.pad_id) -> Int[Tensor, "rows longest"]:
+def padded(rows: Sequence[ArrayLike], value: int = 0) -> Int[Tensor, "rows longest"]:
     """Rows of ids as one rectangle, filled up with `value` on the right."""
     arrays = [np.asarray(row, np.int64) for row in rows]
     rectangle = np.full((len(arrays), max(map(len, arrays), default=0)), value, np.int64)
@@ -66,8 +69,14 @@ def padded(rows: Sequence[ArrayLike], value: int = Tokenizer.pad_id) -> Int[Tens
     return torch.from_numpy(rectangle)
 
 
-def pair_batch(sources: Sequence[ArrayLike], targets: Sequence[ArrayLike]) -> PairBatch:
-    """Sources as the encoder reads them and targets without special tokens, shifted first and padded then."""
-    given = [np.concatenate([[Tokenizer.bos_id], row]) for row in targets]
-    wanted = [np.concatenate([row, [Tokenizer.eos_id]]) for row in targets]
-    return PairBatch(padded(sources), padded(given), padded(wanted, IGNORED))
+def real(rows: Sequence[ArrayLike]) -> Bool[Tensor, "rows longest"]:
+    """What of the rectangle that `padded` makes is the rows' own."""
+    lengths = np.array([len(np.asarray(row)) for row in rows], np.int64)
+    return torch.from_numpy(np.arange(lengths.max(initial=0)) < lengths[:, None])
+
+
+def pair_batch(sources: Sequence[ArrayLike], targets: Sequence[ArrayLike], ids: SpecialIds = SpecialIds()) -> PairBatch:
+    """Sources as the encoder reads them and targets without begin and end, shifted first and padded then."""
+    given = [np.concatenate([[ids.start], row]) for row in targets]
+    wanted = [np.concatenate([row, [ids.eos]]) for row in targets]
+    return PairBatch(padded(sources), padded(given), padded(wanted, IGNORED), real(sources), real(given))

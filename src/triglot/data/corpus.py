@@ -22,7 +22,7 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from triglot.errors import DataError
+from triglot.errors import DataError, reason
 from triglot.tokenizer import word_boundary
 
 BLOCK = 1 << 20
@@ -123,7 +123,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
             with gzip.open(raw) as file:
                 yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:

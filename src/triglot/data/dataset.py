@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from triglot.data.batch import IGNORED, Batch, LanguageBatch, PairBatch, pair_batch
 from triglot.data.shards import Tokens
 from triglot.errors import ConfigError, DataError, require
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import SpecialIds
 
 Ints = NDArray[np.int64]
 OPEN_ROWS = 64
@@ -44,8 +44,9 @@ def _num_rows(batch_tokens: int, context: int) -> int:
     return batch_tokens // context
 
 
-def _language_batch(inputs: Ints, targets: Ints, segments: Ints | None = None) -> LanguageBatch:
-    targets[targets == Tokenizer.bos_id] = IGNORED  # that a text begins where another has ended is nothing to learn
+def _language_batch(inputs: Ints, targets: Ints, bos: int | None, segments: Ints | None = None) -> LanguageBatch:
+    if bos is not None:
+        targets[targets == bos] = IGNORED  # that a text begins where another has ended is nothing to learn
     numbers = None if segments is None else torch.from_numpy(segments)
     return LanguageBatch(torch.from_numpy(inputs), torch.from_numpy(targets), numbers)
 
@@ -53,9 +54,11 @@ def _language_batch(inputs: Ints, targets: Ints, segments: Ints | None = None) -
 class Crops:
     """Windows cut anywhere: an epoch has one from each of num_tokens // context equal stretches, in random order."""
 
-    def __init__(self, tokens: Tokens, context: int, batch_tokens: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Tokens, context: int, batch_tokens: int, seed: int, ids: SpecialIds = SpecialIds()
+    ) -> None:
         require(len(tokens) > context, "the training text", f"longer than {context} tokens", len(tokens), DataError)
-        self.tokens, self.context, self.seed = tokens, context, seed
+        self.tokens, self.context, self.seed, self.ids = tokens, context, seed, ids
         self.num_rows, self.num_windows = _num_rows(batch_tokens, context), len(tokens) // context
 
     def num_batches(self, epoch: int) -> int:  # noqa: ARG002 all epochs are alike
@@ -71,15 +74,15 @@ class Crops:
         for first in range(start * self.num_rows, self.num_windows, self.num_rows):
             chosen = offsets[first : first + self.num_rows]
             windows = np.stack([self.tokens[offset : offset + self.context + 1] for offset in chosen]).astype(np.int64)
-            yield _language_batch(windows[:, :-1].copy(), windows[:, 1:].copy())
+            yield _language_batch(windows[:, :-1].copy(), windows[:, 1:].copy(), self.ids.bos)
 
 
 class Windows:
     """Windows side by side: every token but the first is predicted once, in the order of the text."""
 
-    def __init__(self, tokens: Tokens, context: int, batch_tokens: int) -> None:
+    def __init__(self, tokens: Tokens, context: int, batch_tokens: int, ids: SpecialIds = SpecialIds()) -> None:
         require(len(tokens) > 1, "the validation text", "of two tokens or more", len(tokens), DataError)
-        self.tokens, self.context = tokens, context
+        self.tokens, self.context, self.ids = tokens, context, ids
         self.num_rows, self.num_windows = _num_rows(batch_tokens, context), -(-(len(tokens) - 1) // context)
 
     def num_batches(self, epoch: int) -> int:  # noqa: ARG002 all epochs are alike
@@ -92,10 +95,10 @@ class Windows:
         for first in range(start * size, len(self.tokens) - 1, size):
             stretch = self.tokens[first : first + size + 1].astype(np.int64)
             shape = -(-(len(stretch) - 1) // self.context), self.context
-            inputs, targets = np.full(shape, Tokenizer.pad_id), np.full(shape, IGNORED)
+            inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED)
             inputs.reshape(-1)[: len(stretch) - 1] = stretch[:-1]
             targets.reshape(-1)[: len(stretch) - 1] = stretch[1:]
-            yield _language_batch(inputs, targets)
+            yield _language_batch(inputs, targets, self.ids.bos)
 
 
 class _Packing(NamedTuple):
@@ -113,10 +116,12 @@ class Packed:
     documents are taken in their order.
     """
 
-    def __init__(self, tokens: Tokens, context: int, batch_tokens: int, seed: int | None) -> None:
-        self.tokens, self.context, self.seed = tokens, context, seed
+    def __init__(
+        self, tokens: Tokens, context: int, batch_tokens: int, seed: int | None, ids: SpecialIds = SpecialIds()
+    ) -> None:
+        self.tokens, self.context, self.seed, self.ids = tokens, context, seed, ids
         self.num_rows = _num_rows(batch_tokens, context)
-        begins = _document_starts(tokens)
+        begins = _document_starts(tokens, ids)
         sizes = np.diff(begins, append=len(tokens)) - 1  # pairs of an input and a target
         pieces = -(-sizes // context)
         nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -136,7 +141,7 @@ class Packed:
             borders = rows[first : first + self.num_rows + 1]
             shape = len(borders) - 1, self.context
             inputs, targets, segments = (
-                np.full(shape, Tokenizer.pad_id),
+                np.zeros(shape, np.int64),
                 np.full(shape, IGNORED),
                 np.zeros(shape, np.int64),
             )
@@ -147,7 +152,7 @@ class Packed:
                     text = self.tokens[self.starts[piece] : self.starts[piece] + self.sizes[piece] + 1]
                     inputs[row, at:end], targets[row, at:end], segments[row, at:end] = text[:-1], text[1:], number
                     at = end
-            yield _language_batch(inputs, targets, segments)
+            yield _language_batch(inputs, targets, self.ids.bos, segments)
 
     def _pack(self, epoch: int) -> _Packing:
         pieces = np.arange(len(self.sizes))
@@ -177,9 +182,11 @@ def best_fit(sizes: Iterable[int], capacity: int) -> list[int]:
     return chosen
 
 
-def _document_starts(tokens: Tokens, block: int = 1 << 24) -> Ints:
-    parts = [np.flatnonzero(tokens[at : at + block] == Tokenizer.bos_id) + at for at in range(0, len(tokens), block)]
+def _document_starts(tokens: Tokens, ids: SpecialIds, block: int = 1 << 24) -> Ints:
+    mark, behind = (ids.eos, 1) if ids.bos is None else (ids.bos, 0)
+    parts = [np.flatnonzero(tokens[at : at + block] == mark) + at + behind for at in range(0, len(tokens), block)]
     starts = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    starts = starts[starts < len(tokens)]
     return (
         starts if len(starts) and starts[0] == 0 else np.concatenate([np.zeros(min(1, len(tokens)), np.int64), starts])
     )
@@ -218,10 +225,18 @@ class Pairs:
     without, they come by length. `sources` have their special tokens, `targets` have none yet.
     """
 
-    def __init__(self, sources: Ragged, targets: Ragged, batch_tokens: int, seed: int | None) -> None:
+    def __init__(
+        self,
+        sources: Ragged,
+        targets: Ragged,
+        batch_tokens: int,
+        seed: int | None,
+        ids: SpecialIds = SpecialIds(),
+    ) -> None:
         require(len(sources) > 0, "the number of examples", "at least 1", len(sources), DataError)
         require(len(sources) == len(targets), "targets", f"as many as sources ({len(sources)})", len(targets))
-        self.sources, self.targets, self.batch_tokens, self.seed = sources, targets, batch_tokens, seed
+        self.sources, self.targets, self.ids = sources, targets, ids
+        self.batch_tokens, self.seed = batch_tokens, seed
         self.longest = np.maximum(sources.lengths, targets.lengths + 1)
         self.both = sources.lengths + targets.lengths
         longest = int(self.longest.max())
@@ -241,7 +256,7 @@ class Pairs:
         batches = np.arange(len(self.cuts) - 1) if random is None else random.permutation(len(self.cuts) - 1)
         for batch in batches[start:]:
             rows = order[self.cuts[batch] : self.cuts[batch + 1]]
-            yield pair_batch([self.sources[row] for row in rows], [self.targets[row] for row in rows])
+            yield pair_batch([self.sources[row] for row in rows], [self.targets[row] for row in rows], self.ids)
 
 
 def _cuts(lengths: Sequence[int], batch_tokens: int) -> list[int]:

@@ -57,6 +57,8 @@ def prepare(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> P
     """
     if tokenizers is None and config.tokenizer.path is not None:
         tokenizers = Tokenizers.load(Path(config.tokenizer.path).expanduser())
+    rule = "text, stdlib, pairs or phrases, for something to train on"
+    require(config.data.kind != "none", "data.kind", rule, config.data.kind, ConfigError)
     make = {"text": _text, "stdlib": _text, "pairs": _pairs, "phrases": _phrases}[config.data.kind]
     prepared = make(config, folder / "data", tokenizers)
     if config.model.options.tie_embeddings and config.model.kind == "encoder_decoder":
@@ -82,9 +84,10 @@ def _text(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Pre
     made_from = {"text": survey.digest, "validation part": split.digest, "tokenizer": tokenizer.digest}
     shards = token_shards(folder, made_from, {name: part() for name, part in split.parts.items()}, tokenizer)
     packed = data.packing == "documents"
-    train: Dataset = (Packed if packed else Crops)(shards["train"], context, budget, config.seed)
+    ids = tokenizer.ids
+    train: Dataset = (Packed if packed else Crops)(shards["train"], context, budget, config.seed, ids)
     measured: dict[str, Dataset] = {
-        name: Packed(shard, context, budget, None) if packed else Windows(shard, context, budget)
+        name: Packed(shard, context, budget, None, ids) if packed else Windows(shard, context, budget, ids)
         for name, shard in shards.items()
         if name != "train"
     }
@@ -244,7 +247,7 @@ class _Encoder:
         rest = iter(examples)
         while group := list(islice(rest, GROUP)):
             texts, wanted, tags = zip(*group, strict=True)
-            sources, targets = self.tokenizers.encode_sources(texts, tags), self.tokenizers.target.encode_batch(wanted)
+            sources, targets = self.tokenizers.encode_sources(texts, tags), self.tokenizers.encode_targets(wanted)
             fits = [max(len(x), len(y) + 1) <= self.limit for x, y in zip(sources, targets, strict=True)]
             left_out[f"longer than {self.limit:,} tokens"] += len(fits) - sum(fits)
             if kept is not None:
@@ -259,7 +262,7 @@ class _Encoder:
         told = _told(left_out)
         require(len(sources) > 0, f"the {name} data", "pairs that can be used", f"none{told}", DataError)
         self.report.append(f"{name}: {_many(len(sources), 'pair')}, {_many(len(targets.flat), 'target token')}{told}")
-        return Pairs(sources, targets, self.budget, seed)
+        return Pairs(sources, targets, self.budget, seed, self.tokenizers.target.ids)
 
 
 def _phrases(config: RunConfig, folder: Path, tokenizers: Tokenizers | None) -> Prepared:

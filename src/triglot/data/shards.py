@@ -22,8 +22,9 @@ Parts = Mapping[str, Iterable[Piece]]
 def token_shards(folder: Path, made_from: Mapping[str, str], parts: Parts, tokenizer: Tokenizer) -> dict[str, Tokens]:
     """The token stream of each part, a file each: those in `folder` if they were made from the same, else new ones.
 
-    A document is BOS, its text, EOS; where only part of one is there, only the tokens of that part. Raises DataError if
-    the folder holds what was made from something else, or if any byte of it is not as it was written.
+    A document is BOS if there is one, its text, EOS; where only part of one is there, only the tokens of that part.
+    Raises DataError if the folder holds what was made from something else, or if any byte of it is not as it was
+    written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     manifest = read_manifest(folder, made_from)
@@ -74,12 +75,12 @@ def _damaged(folder: Path, error: Exception) -> DataError:
 
 
 def _write(path: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> int:
-    count = 0
+    count, begin = 0, [] if tokenizer.ids.bos is None else [tokenizer.ids.bos]
     with replacing(path) as partial, partial.open("wb") as file:
         for group in _groups(pieces):
             rows = tokenizer.encode_batch([piece.text for piece in group])
             framed = (
-                [tokenizer.bos_id] * piece.begins + row + [tokenizer.eos_id] * piece.ends
+                begin * piece.begins + row + [tokenizer.ids.eos] * piece.ends
                 for piece, row in zip(group, rows, strict=True)
             )
             tokens = np.fromiter(chain.from_iterable(framed), dtype)

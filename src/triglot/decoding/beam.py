@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, get_args
 
 import torch
@@ -22,10 +23,11 @@ from triglot.errors import ConfigError, DeadEndError, require
 class BeamSearch:
     """How to search: the `nbest` best texts found for a sentence, by Σ log p normalised for `lengths`.
 
-    Each step looks at the 2·beam best continuations of a sentence: an end token among the first `beam` moves a text to
-    the sentence's pool of finished ones, the first `beam` others live on. As log p only falls and n is limited, log p
-    normalised for the limit bounds what a live text can come to; a sentence ends when its `nbest` finished ones reach
-    the bound, so stopping early changes no result. With a beam of 1 the first end token ends it, as in greedy search.
+    Each step looks at the 2·beam best continuations of a sentence (3·beam where two ids end it, and so on): an end
+    among the first `beam` moves a text to the sentence's pool of finished ones, the first `beam` others live on. As
+    log p only falls and n is limited, log p normalised for the limit bounds what a live text can come to; a sentence
+    ends when its `nbest` finished ones reach the bound, so stopping early changes no result. With a beam of 1 the
+    first end ends it, as in greedy search.
     With `patience` a sentence ends when beam · patience texts, and at least `nbest`, have finished instead (Kasai et
     al. 2022; 1 is the usual first come, first served).
     Where fewer than `nbest` finished in time, live texts follow, marked as truncated. `banned` ids never come. Rules
@@ -34,7 +36,7 @@ class BeamSearch:
     """
 
     beam: int
-    eos_id: int
+    eos_ids: Sequence[int]
     length_penalty: float = 1.0
     lengths: Lengths = "power"
     patience: float | None = None
@@ -47,7 +49,9 @@ class BeamSearch:
     def __post_init__(self) -> None:
         require(self.beam >= 1, "beam", "at least 1", self.beam, ConfigError)
         require(1 <= self.nbest <= self.beam, "nbest", f"between 1 and beam ({self.beam})", self.nbest, ConfigError)
-        require(self.length_penalty >= 0, "length_penalty", "at least 0", self.length_penalty, ConfigError)
+        require(len(self.eos_ids) >= 1, "eos_ids", "one id or more", self.eos_ids, ConfigError)
+        finite = 0 <= self.length_penalty < math.inf
+        require(finite, "length_penalty", "at least 0 and finite", self.length_penalty, ConfigError)
         require(self.lengths in get_args(Lengths), "lengths", "power or gnmt", self.lengths, ConfigError)
         fits = self.patience is None or self.patience > 0
         require(fits, "patience", "above 0, or left out", self.patience, ConfigError)
@@ -82,12 +86,12 @@ class Beams:
             found = F.pad(found, (0, missing), value=-math.inf)
             parent, token = F.pad(parent, (0, missing)), F.pad(token, (0, missing))
         refuse_nan(found)
-        ended = token == how.eos_id
-        self._finish(found, parent, ended)
+        ended = reduce(torch.logical_or, [token == end for end in how.eos_ids])
+        self._finish(found, parent, token, ended)
         self.scores, rank_of = largest(found.masked_fill(ended, -math.inf), how.beam)
         self.parents = parent.gather(1, rank_of)
         # A sentence without a text may hold a column that is no token.
-        self.tokens = token.gather(1, rank_of).masked_fill_(self.scores == -math.inf, how.eos_id)
+        self.tokens = token.gather(1, rank_of).masked_fill_(self.scores == -math.inf, how.eos_ids[0])
         for kept, new in ((self.history, self.tokens), (self.sums, self.scores)):
             used = kept[:, :, : self.count]
             used.copy_(used.gather(1, self.parents[..., None].expand_as(used)))
@@ -96,21 +100,21 @@ class Beams:
         return self._end()
 
     def _continuations(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """The 2·beam best of each sentence: scores, hypotheses, tokens.
+        """The best of each sentence, `beam` and as many for each end token: scores, hypotheses, tokens.
 
         What is looked at of a part of the logits is taken out while it is in the cache, before the next one is made.
         """
-        first, candidates = 0, list[_Candidates]()
+        first, candidates, count = 0, list[_Candidates](), self.how.beam * (1 + len(self.how.eos_ids))
         for part in logits:
             part = masked(part, self.how.banned) if self.how.banned else part.float()
             if self.how.rules:
                 part = self._ruled(part, first)
             rows, width = len(part), self.scores.size(1)
             scores = self.scores[first // width : (first + rows) // width]
-            candidates.append(_candidates(scores, part, 2 * self.how.beam))
+            candidates.append(_candidates(scores, part, count))
             first += rows
             del part  # so that the next one takes its place in the cache
-        return _best(candidates, 2 * self.how.beam)
+        return _best(candidates, count)
 
     def _ruled(self, logits: Float[Tensor, "some vocab"], first: int) -> Float[Tensor, "some vocab"]:
         """What rules leave of the logits after the texts from row `first` on; they see those that are possible."""
@@ -121,16 +125,16 @@ class Beams:
         ruled = apply(self.how.rules, logits[rows], texts, [self.pools[sentence].request for sentence, _ in at])
         return logits.index_copy(0, rows, ruled)
 
-    def _finish(self, found: Tensor, parent: Tensor, ended: Tensor) -> None:
+    def _finish(self, found: Tensor, parent: Tensor, token: Tensor, ended: Tensor) -> None:
         """Move texts whose end token came to the pools of their sentences."""
         beam = self.how.beam
         at = (ended[:, :beam] & found[:, :beam].isfinite()).nonzero()
         sentences, ranks = at.unbind(1)
         parents = parent[sentences, ranks]
         texts, sums = (kept[sentences, parents, : self.count].tolist() for kept in (self.history, self.sums))
-        lasts = found[sentences, ranks].tolist()
-        for sentence, ids, sums_of, last in zip(sentences.tolist(), texts, sums, lasts, strict=True):
-            text = Decoded([*ids, self.how.eos_id], _differences([*sums_of, last]), truncated=False)
+        ends, lasts = token[sentences, ranks].tolist(), found[sentences, ranks].tolist()
+        for sentence, ids, end, sums_of, last in zip(sentences.tolist(), texts, ends, sums, lasts, strict=True):
+            text = Decoded([*ids, end], _differences([*sums_of, last]), truncated=False)
             self.pools[sentence].add(text)
 
     def _end(self) -> dict[int, list[Decoded]]:
@@ -162,7 +166,7 @@ def beam_search(
     results = search_in_parts(
         [logits], lambda tokens: [steps.step(tokens)], steps.select, how, dict(enumerate(limits)), logits.device
     )
-    return [results[row] for row in range(len(limits))]
+    return [results[row][: how.nbest] for row in range(len(limits))]
 
 
 @torch.inference_mode()
@@ -174,7 +178,10 @@ def search_in_parts(
     limits: Mapping[int, int],
     device: torch.device | None = None,
 ) -> dict[int, list[Decoded]]:
-    """`beam_search` over logits that come in parts, of some sentences each; limits and results by request."""
+    """`beam_search` over logits that come in parts, of some sentences each; limits and results by request.
+
+    Where several are wanted, other texts that have finished follow, `beam` in all at most.
+    """
     beams, results = Beams(limits, how, device), dict[int, list[Decoded]]()
     while len(results) < len(limits):
         width = beams.scores.size(1)
@@ -235,12 +242,13 @@ class _Pool:
     def __init__(self, request: int, limit: int, how: BeamSearch) -> None:
         self.request, self.limit, self.how = request, limit, how
         self.best: list[Decoded] = []
+        """At most `beam`: behind the `nbest` those that finished besides, for whoever has no use for one of them."""
         self.finished = 0
 
     def add(self, text: Decoded) -> None:
         self.finished += 1
         bisect.insort_right(self.best, text, key=lambda one: -self.score(one))
-        del self.best[self.how.nbest :]
+        del self.best[self.how.beam if self.how.nbest > 1 else 1 :]
 
     def score(self, text: Decoded) -> float:
         return text.score(self.how.length_penalty, self.how.lengths)
@@ -254,7 +262,7 @@ class _Pool:
         if self.how.patience is not None:
             return self.finished >= self.how.beam * self.how.patience
         bound = normalised(best_live, self.limit, self.how.length_penalty, self.how.lengths)
-        return self.how.beam == 1 or self.score(self.best[-1]) >= bound
+        return self.how.beam == 1 or self.score(self.best[self.how.nbest - 1]) >= bound
 
     def fill(self, texts: Int[Tensor, "beam count"], sums: Float[Tensor, "beam count"]) -> None:
         """Take live texts, best first, into the places that no finished one took."""

@@ -64,15 +64,15 @@ class Within:
 class MinLength:
     """No end token before `min_new_tokens` others were generated."""
 
-    eos_id: int
+    eos_ids: Sequence[int]
     min_new_tokens: int
 
     def __post_init__(self) -> None:
-        _require_ids("eos_id", [self.eos_id])
+        _require_ids("eos_ids", self.eos_ids)
         require(self.min_new_tokens >= 0, "min_new_tokens", "at least 0", self.min_new_tokens, ConfigError)
 
     def __call__(self, logits: Logits, texts: Texts, _requests: Sequence[int], /) -> Logits:
-        return _ban(logits, [[self.eos_id] if len(text) < self.min_new_tokens else [] for text in texts])
+        return _ban(logits, [self.eos_ids if len(text) < self.min_new_tokens else [] for text in texts])
 
 
 @dataclass(frozen=True)

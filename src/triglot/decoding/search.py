@@ -7,7 +7,7 @@ Probabilities are those of softmax(logits), after `banned` and `rules` and befor
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
@@ -125,7 +125,7 @@ def stream(
     sampler: Sampler,
     max_new_tokens: int | Sequence[int],
     *,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     banned: Sequence[int] = (),
     rules: Sequence[Rule] = (),
     generator: Generators = None,
@@ -134,17 +134,17 @@ def stream(
 ) -> Iterator[Token]:
     """Tokens of all rows, step by step, as they are chosen.
 
-    A row ends with `eos_id`, which is yielded, or after its `max_new_tokens`, and leaves the batch then; so does one
-    that the caller has put among the `stopped`, having seen its last token. `banned` ids never come. With one generator
-    for each row, a row's tokens do not depend on its batch mates. `top_logprobs` is the number of alternatives told of
-    each token, where so many are possible. Rules know the rows as their requests; DeadEndError where they leave one no
-    token.
+    A row ends with one of `eos_ids`, which is yielded, or after its `max_new_tokens`, and leaves the batch then; so
+    does one that the caller has put among the `stopped`, having seen its last token. `banned` ids never come. With one
+    generator for each row, a row's tokens do not depend on its batch mates. `top_logprobs` is the number of
+    alternatives told of each token, where so many are possible. Rules know the rows as their requests; DeadEndError
+    where they leave one no token.
     """
     limits = limits_of(max_new_tokens, logits.size(0), least=0)
     require(top_logprobs >= 0, "top_logprobs", "at least 0", top_logprobs, ConfigError)
     choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
     return stream_in_parts(
-        [logits], lambda tokens: [steps.step(tokens)], steps.select, choose, limits, eos_id, generator, stopped
+        [logits], lambda tokens: [steps.step(tokens)], steps.select, choose, limits, eos_ids, generator, stopped
     )
 
 
@@ -154,25 +154,25 @@ def generate(
     sampler: Sampler,
     max_new_tokens: int | Sequence[int],
     *,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     banned: Sequence[int] = (),
     rules: Sequence[Rule] = (),
     generator: Generators = None,
 ) -> list[Decoded]:
     """What `stream` yields, gathered by rows."""
     tokens = stream(
-        logits, steps, sampler, max_new_tokens, eos_id=eos_id, banned=banned, rules=rules, generator=generator
+        logits, steps, sampler, max_new_tokens, eos_ids=eos_ids, banned=banned, rules=rules, generator=generator
     )
-    return gather(tokens, logits.size(0), eos_id)
+    return gather(tokens, logits.size(0), eos_ids)
 
 
-def gather(tokens: Iterable[Token], rows: int, eos_id: int | None) -> list[Decoded]:
+def gather(tokens: Iterable[Token], rows: int, eos_ids: Collection[int]) -> list[Decoded]:
     """The text of each row out of a stream."""
     texts = [Decoded([], [], truncated=True) for _ in range(rows)]
     for token in tokens:
         texts[token.row].ids.append(token.id)
         texts[token.row].log_probs.append(token.log_prob)
-    return [text._replace(truncated=text.ids[-1:] != [eos_id]) for text in texts]
+    return [text._replace(truncated=not text.ids or text.ids[-1] not in eos_ids) for text in texts]
 
 
 @torch.inference_mode()
@@ -182,7 +182,7 @@ def stream_in_parts(
     select: Callable[[Int[Tensor, " kept"]], None],
     choose: Chooser,
     limits: Sequence[int],
-    eos_id: int | None,
+    eos_ids: Collection[int],
     generator: Generators = None,
     stopped: Container[int] = (),
 ) -> Iterator[Token]:
@@ -208,7 +208,9 @@ def stream_in_parts(
                 texts[token.row].append(token.id)
         yield from tokens
         fed = torch.cat(chosen)
-        kept = closed_up([one.id != eos_id and made < limits[one.row] and one.row not in stopped for one in tokens])
+        kept = closed_up(
+            [one.id not in eos_ids and made < limits[one.row] and one.row not in stopped for one in tokens]
+        )
         if 0 < len(kept) < len(live):
             places = torch.tensor(kept, device=fed.device)
             select(places)

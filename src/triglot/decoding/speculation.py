@@ -5,7 +5,7 @@ row's own generator, and compared with the draft (the exact form of Leviathan et
 numbers). A wrong draft costs a little time, never the text.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -70,7 +70,7 @@ def speculate(
     prompts: Sequence[Sequence[int]],
     *,
     count: int = 4,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     banned: Sequence[int] = (),
     rules: Sequence[Rule] = (),
     generators: Sequence[torch.Generator],
@@ -95,10 +95,10 @@ def speculate(
                 _, [token] = choose(after[place, at, None], [row], [texts[row]], [generators[row]])
                 texts[row].append(token.id)
                 yield token
-                if row in stopped or token.id == eos_id or token.id != guess:
+                if row in stopped or token.id in eos_ids or token.id != guess:
                     break
             made = len(texts[row]) - began
-            left[row] = 0 if texts[row][-1] == eos_id or row in stopped else left[row] - made
+            left[row] = 0 if texts[row][-1] in eos_ids or row in stopped else left[row] - made
             kept.append(made - 1)
         read = after.size(1) - 1
         steps.forget(torch.tensor([read - number for number in kept]))

@@ -107,6 +107,19 @@ def local_device(device: torch.device) -> torch.device:
     return own
 
 
+def device_here(wanted: str | torch.device | None, name: str = "device") -> torch.device:
+    """A device that is there; the GPU if nothing is said and there is one. ConfigError calls it `name` otherwise."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=local_device(device)).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"`{name}` must be one that is here, but is {str(wanted)!r} instead ({reason}).") from error
+    return device
+
+
 def _size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from triglot.generation.results import Alignment
-from triglot.layers.masks import create_masks
+from triglot.layers.masks import NO_PADDING, create_masks
 from triglot.models.encoder_decoder import Transformer
 from triglot.tokenizer import Tokenizer, Tokenizers
 
@@ -24,8 +24,9 @@ def align(model: Transformer, tokenizers: Tokenizers, source: Sequence[int], pro
         return Alignment([], columns, [])
     device = model.projection.weight.device
     src = torch.tensor([list(source)], device=device)
-    tgt = torch.tensor([[Tokenizer.bos_id, *produced]], device=device)
-    layers = model.run(src, tgt, *create_masks(src, tgt), need_weights=True).dec_enc_attention
+    tgt = torch.tensor([[tokenizers.target.ids.start, *produced]], device=device)
+    masks = create_masks(src, tgt, pad_id=NO_PADDING)
+    layers = model.run(src, tgt, *masks, need_weights=True).dec_enc_attention
     assert layers is not None
     weights, _ = shifted(layers[best_layer(len(layers))][0].float(), text)
     return Alignment(tokenizers.target.pieces(produced), columns, weights.tolist())

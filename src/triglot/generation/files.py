@@ -11,6 +11,8 @@ from triglot.data.corpus import read_lines
 from triglot.errors import DataError
 from triglot.generation.engine import Engine
 from triglot.generation.results import Hypothesis
+from triglot.generation.workers import ENOUGH
+from triglot.models.factory import count_active_parameters
 
 T = TypeVar("T")
 CHUNK = 1024
@@ -31,11 +33,13 @@ def _standard_input() -> Iterator[str]:
             raise DataError(f"standard input, line {number}: the text must be UTF-8.") from error
 
 
-def longer_than(lines: Iterable[str], number: int) -> tuple[bool, Iterator[str]]:
-    """Whether there are more lines than that, and all of them."""
-    lines = iter(lines)
-    first = list(itertools.islice(lines, number + 1))
-    return len(first) > number, itertools.chain(first, lines)
+def pays(engine: Engine, lines: Iterable[str], beam: int) -> tuple[bool, Iterator[str]]:
+    """Whether to translate lines takes so long that other processes are ready before, and all of the lines."""
+    first, chunks, work = list[str](), _chunks(lines, CHUNK), 0
+    while work < ENOUGH and (some := next(chunks, None)):
+        tokens = sum(map(len, engine.tokenizers.source.encode_batch(some)))
+        first, work = first + some, work + tokens * beam * count_active_parameters(engine.model)
+    return work >= ENOUGH, itertools.chain(first, itertools.chain.from_iterable(chunks))
 
 
 def translate_lines(
@@ -56,14 +60,18 @@ def translate_lines(
 
 
 def score_lines(
-    engine: Engine, lines: Iterable[str], targets: Iterable[str] | None = None, **options: Any
+    engine: Engine, lines: Iterable[str], others: Iterable[str] | None = None, **options: Any
 ) -> Iterator[str]:
-    """Σ log p, number of tokens and text of each line, or of each target given its line, separated by tabs."""
-    number = 1
-    for some in _chunks(_beside(lines, targets, "targets"), CHUNK):
-        texts, others = zip(*some, strict=True)
-        scored = texts if targets is None else others
-        found = engine.score(texts, *([] if targets is None else [others]), first=number, **options)
+    """Σ log p, number of tokens and text, separated by tabs.
+
+    Of each line, after its prompt where `others` are these, or of each of `others` as what an encoder–decoder makes of
+    its line.
+    """
+    number, pairs = 1, engine.config.model.kind == "encoder_decoder"
+    for some in _chunks(_beside(lines, others, "targets" if pairs else "prompts"), CHUNK):
+        texts, beside = zip(*some, strict=True)
+        scored = beside if pairs else texts
+        found = engine.score(texts, *([] if others is None else [beside]), first=number, **options)
         for text, one in zip(scored, found, strict=True):
             yield f"{one.log_prob:.4f}\t{len(one.tokens)}\t{text}\n"
         number += len(some)

@@ -14,7 +14,6 @@ from torch import Tensor
 from triglot.data.batch import IGNORED, Batch, LanguageBatch, PairBatch, targets_of
 from triglot.models.decoder_only import DecoderLLM
 from triglot.objective import Model, evaluating, run_model, to_device
-from triglot.tokenizer import Tokenizer
 
 MULTIPLE = 16
 """Lengths are rounded up to this: with fewer rows than that, a product's bits depend on how many there are."""
@@ -67,14 +66,16 @@ def _batches(model: Model, rows: Sequence[Row], batch_tokens: int) -> Iterator[t
         size = 1 if alone else max(1, batch_tokens // (length + source_length))
         for first in range(0, len(numbers), size):
             chosen = numbers[first : first + size]
-            inputs = _filled([rows[row].inputs for row in chosen], length, Tokenizer.pad_id)
-            targets = _filled([rows[row].targets for row in chosen], length, IGNORED)
+            inputs, real = _filled([rows[row].inputs for row in chosen], length)
+            targets, _ = _filled([rows[row].targets for row in chosen], length, IGNORED)
             if source_length:
-                sources = _filled([rows[row].source for row in chosen], source_length, Tokenizer.pad_id)
-                yield chosen, PairBatch(sources, inputs, targets)
+                sources, of_source = _filled([rows[row].source for row in chosen], source_length)
+                yield chosen, PairBatch(sources, inputs, targets, of_source, real)
             else:
                 yield chosen, LanguageBatch(inputs, targets)
 
 
-def _filled(rows: Sequence[Sequence[int]], length: int, value: int) -> Int[Tensor, "rows length"]:
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+def _filled(rows: Sequence[Sequence[int]], length: int, value: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of one length, and which of it is theirs."""
+    ends = torch.tensor([len(row) for row in rows])
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows]), torch.arange(length) < ends[:, None]

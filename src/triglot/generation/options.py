@@ -1,11 +1,9 @@
 """What a caller may say about a text to be generated or translated, checked before any work."""
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from triglot.config import GenerationConfig
 from triglot.decoding.beam import BeamSearch
@@ -23,6 +21,7 @@ from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Lengths
 from triglot.errors import ConfigError, require
 from triglot.generation.structured import Structured, json_schema_grammar, regex_grammar
+from triglot.generation.typed import require_types
 from triglot.tokenizer import Tokenizer
 
 PastContext = Literal["error", "slide"]
@@ -39,7 +38,7 @@ class Sampling:
     max_new_tokens: int | None = None
     """As the run says, and no more than the context leaves."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy. Of this, `top_k`, `top_p`, `repetition_penalty` and `no_repeat_ngram` a run may say otherwise."""
     top_k: int | None = None
     """Draw from so many of the likeliest; above the vocabulary: from all."""
     top_p: float | None = None
@@ -55,7 +54,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     """What it falls by for each time the token was generated."""
     logit_bias: Mapping[int, float] | None = None
-    """What is added to the logits of ids; −inf bans one, the end token 2 too."""
+    """What is added to the logits of ids; −inf bans one, the end token (2 of tokenizers trained here) too."""
     banned_words: Sequence[str] = ()
     """See `banned_words_rule`."""
     min_new_tokens: int = 0
@@ -98,10 +97,7 @@ class Sampling:
         _require(self.top_logprobs >= 0, "top_logprobs", "at least 0", self.top_logprobs)
         _require(self.speculate >= 0, "speculate", "at least 0", self.speculate)
         for seed in self.seed if isinstance(self.seed, Sequence) else [self.seed]:
-            fits = isinstance(seed, numbers.Integral) and 0 <= int(seed) < 2**64
-            _require(fits, "seed", "a whole number from 0 to 2^64 − 1", seed)
-        known = get_args(PastContext)
-        _require(self.past_context in known, "past_context", "error or slide", self.past_context)
+            _require(0 <= seed < 2**64, "seed", "a whole number from 0 to 2^64 − 1", seed)
 
     @property
     def sampler(self) -> Sampler:
@@ -119,7 +115,7 @@ class Sampling:
         if not isinstance(self.seed, Sequence):
             return [(int(self.seed) + number) % 2**64 for number in range(texts)]
         _require(len(self.seed) == texts, "seed", f"one number, or one for each of {texts} texts", len(self.seed))
-        return list(self.seed)
+        return list(map(int, self.seed))
 
     def rules(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> list[Rule]:
         """The rules of texts after these prompts, in the order in which they are applied.
@@ -182,7 +178,6 @@ class Searching:
         longest = self.max_new_tokens
         _require(longest is None or longest >= 1, "max_new_tokens", "at least 1", longest)
         _require(self.patience is None or self.patience > 0, "patience", "above 0, or inf", self.patience)
-        _require(self.too_long in get_args(TooLong), "too_long", "error or cut", self.too_long)
         _check_rules(self.min_new_tokens, longest, self.no_repeat_ngram, self.banned_words)
 
     def search(
@@ -196,7 +191,7 @@ class Searching:
         patience = config.patience if self.patience is None else self.patience
         return BeamSearch(
             beam=max(config.beam, self.nbest) if self.beam is None else self.beam,
-            eos_id=tokenizer.eos_id,
+            eos_ids=tokenizer.ids.ends,
             length_penalty=config.length_penalty if self.length_penalty is None else self.length_penalty,
             lengths=self.lengths,
             patience=None if patience == math.inf else patience,
@@ -206,26 +201,22 @@ class Searching:
         )
 
 
-KINDS: dict[Any, tuple[str, type]] = {
-    int: ("a whole number", numbers.Integral),
-    float: ("a number", numbers.Real),
-    bool: ("true or false", bool),
-    str: ("a text", str),
-    type(None): ("None", type(None)),
-}
-"""What a plain option is called, and what passes for it: NumPy's numbers, too."""
+SAID = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")
+"""What a run's config may say of options that have defaults of their own."""
 
 
-def made(kind: type[T], options: Mapping[str, Any]) -> T:
-    """The options that a caller named; ConfigError for a name that there is not, or a value of another type."""
+def made(kind: type[T], options: Mapping[str, Any], config: GenerationConfig) -> T:
+    """The options that a caller named, and of the others those that `config` names.
+
+    Raises ConfigError for a name that there is not, or a value of another type.
+    """
     hints = get_type_hints(kind)
-    for name, value in options.items():
+    given = {name: value for name, value in options.items() if value is not None or name not in SAID}
+    said = {name: getattr(config, name) for name in SAID if name in hints and name not in given}
+    options = given | {name: value for name, value in said.items() if value is not None}
+    for name in options:
         _require(name in hints, "the option", f"one of {', '.join(hints)}", name)
-        parts = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
-        if KINDS.keys() >= set(parts):
-            fits = isinstance(value, tuple(KINDS[part][1] for part in parts))
-            fits = fits and (bool in parts or not isinstance(value, bool))  # which are whole numbers to Python
-            _require(fits, name, " or ".join(KINDS[part][0] for part in parts), value)
+    require_types(hints, options)
     return kind(**options)
 
 
@@ -240,7 +231,7 @@ def banned_words_rule(words: Sequence[str], tokenizer: Tokenizer) -> BannedWords
 
 def _bans(banned_words: Sequence[str], min_new_tokens: int, tokenizer: Tokenizer) -> list[Rule]:
     rules: list[Rule] = [banned_words_rule(banned_words, tokenizer)] if banned_words else []
-    return [*rules, MinLength(tokenizer.eos_id, min_new_tokens)] if min_new_tokens else rules
+    return [*rules, MinLength(tokenizer.ids.ends, min_new_tokens)] if min_new_tokens else rules
 
 
 def _check_rules(least: int, longest: int | None, no_repeat_ngram: int | None, banned_words: Sequence[str]) -> None:
@@ -253,7 +244,6 @@ def _check_rules(least: int, longest: int | None, no_repeat_ngram: int | None, b
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:
-    _require(not isinstance(texts, str), name, "a list of texts", texts)
     _require("" not in texts, name, "texts of at least one character", texts)
 
 

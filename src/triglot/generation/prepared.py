@@ -283,7 +283,7 @@ class Prepared:
         bias[:vocab] = 0 if projection.bias is None else projection.bias.detach()
         bias[list(banned)] = -math.inf
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
-        self.num_bytes = packer.num_bytes + self.head.num_bytes
+        self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
     @property
     def bytes_held(self) -> int:

@@ -10,15 +10,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from triglot.config import RunConfig
 from triglot.decoding.speculation import Draft, NGrams
-from triglot.errors import ConfigError, require
+from triglot.errors import ConfigError, DataError, require
 from triglot.generation.drafts import ModelDraft
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import Model
-from triglot.tokenizer import Tokenizer, Tokenizers
+from triglot.tokenizer import Tokenizers
 
+Tags = str | Sequence[str | None] | None
+"""The target tag of all lines, or of each."""
 BATCH_TOKENS = 16_384
 """Positions, of all texts and beams, whose keys and values are held at a time."""
 
@@ -60,7 +62,15 @@ class Ready:
         """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
         if not self._can_be_prepared:
             return None
-        return Prepared(self.model, self.precision, banned_ids(self.tokenizers.target))
+        return Prepared(self.model, self.precision, self._never)
+
+    @property
+    def multiplies_in(self) -> str:
+        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections."""
+        if (prepared := self.prepared) is not None:
+            return " and ".join(one for one in get_args(Precision) if one in prepared.used)
+        dtype = self.model.projection.weight.dtype
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
 
     def guesser(self, count: int) -> Draft:
         """What guesses `count` tokens of one text: the draft model, or what followed in the text before."""
@@ -73,7 +83,13 @@ class Ready:
     @property
     def banned(self) -> Sequence[int]:
         """What a search has to ban itself."""
-        return () if self._can_be_prepared else banned_ids(self.tokenizers.target)
+        return () if self._can_be_prepared else self._never
+
+    @property
+    def _never(self) -> list[int]:
+        """What no text has: what the tokenizer bans, and where an import's model has more ids than it, these."""
+        tokenizer = self.tokenizers.target
+        return [*tokenizer.ids.banned, *range(tokenizer.vocab_size, self.model.projection.out_features)]
 
     @property
     def translator(self) -> Transformer:
@@ -92,23 +108,20 @@ class Ready:
         return self.model
 
 
-def banned_ids(tokenizer: Tokenizer) -> list[int]:
-    """Special tokens that stand for no text and no end."""
-    tags = [tokenizer.tag_id(tag) for tag in tokenizer.tags]
-    return [Tokenizer.pad_id, Tokenizer.bos_id, *tags]
-
-
-def refuse_text(name: str, texts: Sequence[object]) -> None:
-    """A text alone is a sequence of characters, each of which would pass for a text."""
-    require(not isinstance(texts, str), name, "a list of texts", texts, ConfigError)
-    for text in texts:
-        require(isinstance(text, str), name, "a list of texts", text, ConfigError)
+def tags_of(tags: Tags, lines: int, tokenizers: Tokenizers) -> Sequence[str | None]:
+    """The target tag of each line; DataError for another number, or for none where the run was trained with tags."""
+    tags = [tags] * lines if isinstance(tags, str) or tags is None else tags
+    require(len(tags) == lines, "tags", f"one for each of {lines} lines", len(tags), DataError)
+    known = ", ".join(tokenizers.source.tags)
+    rule = f"one of {known}, since the run was trained with target tags"
+    require(not known or None not in tags, "the target tag", rule, None, DataError)
+    return tags
 
 
 def pad(texts: Sequence[Sequence[int]], model: Model) -> Tensor:
-    """Rows of one length on the model's device."""
+    """Rows of one length on the model's device, filled up with zeros."""
     rows = [torch.tensor(list(ids)) for ids in texts]
-    return pad_sequence(rows, batch_first=True, padding_value=Tokenizer.pad_id).to(model.projection.weight.device)
+    return pad_sequence(rows, batch_first=True).to(model.projection.weight.device)
 
 
 def batches(sizes: Sequence[int]) -> Iterator[list[int]]:

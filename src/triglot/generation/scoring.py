@@ -18,7 +18,8 @@ from triglot.data.corpus import read_blocks
 from triglot.data.dataset import Windows
 from triglot.errors import ConfigError, DataError, require
 from triglot.generation.log_probs import Row, log_probs
-from triglot.generation.ready import refuse_text
+from triglot.generation.ready import Tags, tags_of
+from triglot.generation.typed import typed
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import score_batches
@@ -71,12 +72,13 @@ class FileScore(NamedTuple):
         return self.nats / math.log(2) / self.bytes
 
 
+@typed
 def score_pairs(
     model: Transformer,
     tokenizers: Tokenizers,
     sources: Sequence[str],
     targets: Sequence[str],
-    tags: str | Sequence[str | None] | None = None,
+    tags: Tags = None,
     *,
     too_long: TooLong = "error",
     first: int = 1,
@@ -87,26 +89,18 @@ def score_pairs(
     Raises DataError for a side that is longer than the model reads, of which "cut" takes the beginning instead, the
     pairs counted from `first`, for an unknown tag, and for none where the run was trained with tags.
     """
-    _require_texts("sources", sources, len(sources))
-    _require_texts("targets", targets, len(sources))
-    require(too_long in ("error", "cut"), "too_long", "error or cut", too_long, ConfigError)
-    if isinstance(tags, str) or tags is None:
-        tags = [tags] * len(sources)
-    require(len(tags) == len(sources), "tags", f"as many as sources ({len(sources)})", len(tags), DataError)
-    known = ", ".join(tokenizers.source.tags)
-    rule = f"one of {known}, since the run was trained with target tags"
-    require(not known or None not in tags, "the target tag", rule, None, DataError)
-    limit, rows, cut = model.max_seq_length, [], []
-    encoded = tokenizers.encode_sources(sources, tags), tokenizers.target.encode_batch(targets)
+    _require_as_many("targets", targets, len(sources))
+    limit, rows, cut, tags = model.max_seq_length, [], [], tags_of(tags, len(sources), tokenizers)
+    encoded, ids = (tokenizers.encode_sources(sources, tags), tokenizers.encode_targets(targets)), tokenizers.target.ids
     for number, (source, text) in enumerate(zip(*encoded, strict=True), first):
-        wanted = [*text, Tokenizer.eos_id]
+        wanted = [*text, ids.eos]
         longest = max(len(source), len(wanted))
         rule = f"at most {limit} tokens long on either side (the model's max_seq_length)"
         require(longest <= limit or too_long == "cut", f"pair {number}", rule, longest, DataError)
         if len(source) > limit:
             source[limit - 1 : -1] = []
         cut.append(longest > limit)
-        rows.append(Row([Tokenizer.bos_id, *text][:limit], wanted[:limit], source))
+        rows.append(Row([ids.start, *text][:limit], wanted[:limit], source))
     found = zip(rows, log_probs(model, rows, batch_tokens), cut, strict=True)
     return [
         TextScore(list(row.targets), tokenizers.target.pieces(row.targets), values, was_cut)
@@ -114,6 +108,7 @@ def score_pairs(
     ]
 
 
+@typed
 def score_texts(
     model: DecoderLLM,
     config: RunConfig,
@@ -126,17 +121,15 @@ def score_texts(
     first: int = 1,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[TextScore]:
-    """Each text after its prompt, or after BOS without one, and with `end` its end token too.
+    """Each text after its prompt, or after what begins a document without one, and with `end` its end token too.
 
     Prompt and text are encoded each for itself, as generation has them. Raises DataError for both together if they are
     longer than the context, counting from `first`; "windows" reads them in pieces of its length instead, each without
     what was before.
     """
     prompts = [""] * len(texts) if prompts is None else prompts
-    _require_texts("texts", texts, len(texts))
-    _require_texts("prompts", prompts, len(texts))
-    require(past_context in ("error", "windows"), "past_context", "error or windows", past_context, ConfigError)
-    ids = [one + [Tokenizer.eos_id] * end for one in tokenizer.encode_batch(texts)]
+    _require_as_many("prompts", prompts, len(texts))
+    ids = [one + [tokenizer.ids.eos] * end for one in tokenizer.encode_batch(texts)]
     rows, owners, results, window = [], [], [], model.max_len
     for number, (before, text) in enumerate(zip(prompt_ids(config, tokenizer, prompts), ids, strict=True)):
         read = len(before) + len(text) - 1
@@ -156,7 +149,8 @@ def score_texts(
 def score_file(
     model: DecoderLLM, config: RunConfig, tokenizer: Tokenizer, path: Path, *, context: int | None = None
 ) -> FileScore:
-    """A file's text in windows of `context` side by side, each token predicted once, the first one after BOS.
+    """A file's text in windows of `context` side by side, each token predicted once, the first one after
+    what begins a document.
 
     The context is that of the training, and windows are those of `evaluate`, unless told otherwise. Raises DataError
     for a file that is empty or no UTF-8.
@@ -164,7 +158,7 @@ def score_file(
     context = config.train.context if context is None else context
     require(1 <= context <= model.max_len, "context", f"between 1 and {model.max_len}", context, ConfigError)
     ids = chain.from_iterable(tokenizer.encode(block) for block in read_blocks(path))
-    tokens = np.fromiter(chain([Tokenizer.bos_id], ids), np.uint32)
+    tokens = np.fromiter(chain([tokenizer.ids.start], ids), np.uint32)
     if len(tokens) == 1:
         raise DataError(f"`path` must be a file with text, but {path} is empty instead.")
     windows = Windows(tokens, context, max(BATCH_TOKENS, context))
@@ -174,16 +168,11 @@ def score_file(
 
 
 def prompt_ids(config: RunConfig, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """What the model reads of each prompt, as it read texts in training.
-
-    Whole documents begin with BOS, and so does nothing at all; windows cut anywhere mostly do not.
-    """
-    whole = config.data.packing == "documents"
-    return [[Tokenizer.bos_id] * (whole or not ids) + ids for ids in tokenizer.encode_batch(prompts)]
+    """What the model reads of each prompt, as it read texts in training."""
+    return tokenizer.encode_prompts(prompts, documents=config.data.packing == "documents")
 
 
-def _require_texts(name: str, texts: Sequence[str], count: int) -> None:
-    refuse_text(name, texts)
+def _require_as_many(name: str, texts: Sequence[str], count: int) -> None:
     require(len(texts) == count, name, f"as many as what they belong to ({count})", len(texts), DataError)
 
 

@@ -9,23 +9,20 @@ from pathlib import Path
 
 import torch
 
-from triglot.checkpoint import load_model
 from triglot.decoding.beam import BeamSearch, beam_search
 from triglot.decoding.rules import Within
 from triglot.decoding.search import Decoded
 from triglot.errors import ConfigError, DataError, DeadEndError, require
 from triglot.generation.alignment import align
 from triglot.generation.options import Searching
-from triglot.generation.ready import Ready, banned_ids, batches, pad
-from triglot.generation.results import Alternative, Hypothesis
+from triglot.generation.ready import Ready, Tags, batches, pad, tags_of
+from triglot.generation.results import Alignment, Alternative, Hypothesis
 from triglot.generation.steps import search
 from triglot.generation.workers import Search
+from triglot.interop.runs import load_any
 from triglot.layers.masks import create_padding_mask
 from triglot.layers.packed import Precision
 from triglot.tokenizer import Tokenizer
-
-Tags = str | Sequence[str | None] | None
-"""The target tag of all lines, or of each."""
 
 
 class TextWasCut(UserWarning):
@@ -47,35 +44,46 @@ def translate(
     limit = limit_of(ready, how)
     rows = [row for row, line in enumerate(lines) if line.strip()]
     forced = None
-    if prefixes is not None:
+    if prefixes is not None or ready.tokenizers.target.ids.forced:
+        prefixes = [""] * len(lines) if prefixes is None else prefixes
         given = len(prefixes)
         require(given == len(lines), "prefixes", f"one for each of {len(lines)} lines", given, DataError)
-        ids = ready.tokenizers.target.encode_batch(prefixes)
+        ids = ready.tokenizers.encode_targets(prefixes)
         for number, prefix in enumerate(ids, first_line):
             rule = f"at most {limit - 1} tokens long, for a text of at most {limit}"
             require(len(prefix) < limit, f"the prefix of line {number}", rule, len(prefix), DataError)
         forced = [ids[row] for row in rows]
     search = how.search(ready.config.generation, ready.tokenizers.target, forced)
-    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[])] for _ in lines]
+    aligned = Alignment([], [], []) if how.alignments else None
+    results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[], alignment=aligned)] for _ in lines]
     try:
         found = find([sources[row] for row in rows], search, limit)
     except DeadEndError as error:
         row = rows[error.request]
         raise DeadEndError(row, f"line {first_line + row}") from error
     for row, texts in zip(rows, found, strict=True):
-        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in texts]
+        kept = distinct(ready.tokenizers.target, texts)[: how.nbest]
+        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in kept]
     return results
+
+
+def distinct(tokenizer: Tokenizer, texts: Sequence[Decoded]) -> list[Decoded]:
+    """Of those that spell the same text by other tokens only the first, which is the best."""
+    found: dict[str, Decoded] = {}
+    for text in texts:
+        found.setdefault(tokenizer.decode(text.ids), text)
+    return list(found.values())
 
 
 def alternatives(
     ready: Ready, find: Search, line: str, prefix: str, count: int, how: Searching, tag: str | None
 ) -> list[Alternative]:
     """The `count` likeliest tokens after `prefix`, falling, each with the best translation that goes on with it."""
-    most = ready.tokenizers.target.vocab_size - len(banned_ids(ready.tokenizers.target))
+    most = ready.tokenizers.target.vocab_size - len(ready.tokenizers.target.ids.banned)
     require(1 <= count <= most, "count", f"between 1 and {most}, the tokens that can come", count, ConfigError)
     require(bool(line.strip()), "line", "no empty one", line, DataError)
     [source], target = sources_of(ready, [line], tag, how.too_long, 1), ready.tokenizers.target
-    begun, limit = target.encode(prefix), limit_of(ready, how)
+    [begun], limit = ready.tokenizers.encode_targets([prefix]), limit_of(ready, how)
     rule = f"at most {limit - 1} tokens long, for a text of at most {limit}"
     require(len(begun) < limit, "prefix", rule, len(begun), DataError)
     # One token after what is forced: the beam's texts are the likeliest tokens, as the search itself sees them.
@@ -102,19 +110,14 @@ def alternatives(
 
 def sources_of(ready: Ready, lines: Sequence[str], tags: Tags, too_long: str, first_line: int) -> list[list[int]]:
     """What the encoder reads of each line."""
-    if isinstance(tags, str) or tags is None:
-        tags = [tags] * len(lines)
-    require(len(tags) == len(lines), "tags", f"one for each of {len(lines)} lines", len(tags), DataError)
-    known = ", ".join(ready.tokenizers.source.tags)
-    rule = f"one of {known}, since the run was trained with target tags"
-    require(not known or None not in tags, "the target tag", rule, None, DataError)
+    tags = tags_of(tags, len(lines), ready.tokenizers)
     limit, sources = ready.translator.max_seq_length, ready.tokenizers.encode_sources(lines, tags)
     for number, ids in enumerate(sources, first_line):
         rule = f"at most {limit} tokens long (the model's max_seq_length)"
         require(len(ids) <= limit or too_long == "cut", f"line {number}", rule, len(ids), DataError)
         if len(ids) > limit:
             told = f"line {number} has {len(ids)} tokens: all beyond {limit} were cut"
-            warnings.warn(told, TextWasCut, stacklevel=4)
+            warnings.warn(told, TextWasCut, stacklevel=5)  # where the engine's call is
             ids[limit - 1 : -1] = []
     return sources
 
@@ -141,13 +144,15 @@ def hypothesis(ready: Ready, source: list[int], text: Decoded, how: BeamSearch, 
 @torch.inference_mode()
 def search_all(ready: Ready, sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
     """The best texts of each source; on a processor by the prepared model, whatever its company is the same."""
+    start_id = ready.tokenizers.target.ids.start
     if (prepared := ready.prepared) is not None:
-        return search(prepared, sources, [limit] * len(sources), how, Tokenizer.bos_id)
+        return search(prepared, sources, [limit] * len(sources), how, start_id)
     model, results = ready.translator, dict[int, list[Decoded]]()
     for batch in batches([how.beam * (len(ids) + limit) for ids in sources]):
         src = pad([sources[row] for row in batch], model)
-        steps = model.start(src, create_padding_mask(src), limit)
-        first = steps.step(torch.full((len(batch),), Tokenizer.bos_id, device=src.device))
+        real = pad([[1] * len(sources[row]) for row in batch], model)
+        steps = model.start(src, create_padding_mask(real), limit)
+        first = steps.step(torch.full((len(batch),), start_id, device=src.device))
         own = replace(how, banned=ready.banned, rules=[Within(rule, batch) for rule in how.rules])
         try:
             results |= zip(batch, beam_search(first, steps, own, limit), strict=True)
@@ -158,4 +163,4 @@ def search_all(ready: Ready, sources: list[list[int]], how: BeamSearch, limit: i
 
 def worker_search(run: Path, which: str, precision: Precision) -> Search:
     """The search of another process, with a model of its own."""
-    return partial(search_all, Ready(*load_model(run, which, "cpu"), precision))
+    return partial(search_all, Ready(*load_any(run, which), precision))

@@ -110,7 +110,7 @@ def search(
     sources: Sequence[Sequence[int]],
     limits: Sequence[int],
     how: BeamSearch,
-    bos_id: int,
+    start_id: int,
     places: int | None = None,
 ) -> list[list[Decoded]]:
     """The best texts of each source, `places` sources of like lengths at a time."""
@@ -123,7 +123,7 @@ def search(
         rows, order = order[:some], order[some:]
         longest = max(limits[row] for row in rows)
         steps = SentenceSteps(prepared, [sources[row] for row in rows], how.beam, longest)
-        first = steps.step(torch.full((len(rows),), bos_id))
+        first = steps.step(torch.full((len(rows),), start_id))
         if how.beam == 1 and (how.patience or 1) <= 1:
             results |= zip(rows, greedy(first, steps, how, rows, [limits[row] for row in rows]), strict=True)
         else:
@@ -137,9 +137,9 @@ def greedy(
     """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
     rules = [Within(rule, requests) for rule in how.rules]
     choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules, scored=how.scored)
-    tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_id)
+    tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_ids)
     try:
-        return [[text] for text in gather(tokens, len(limits), how.eos_id)]
+        return [[text] for text in gather(tokens, len(limits), how.eos_ids)]
     except DeadEndError as error:
         raise DeadEndError(requests[error.request]) from error
 

@@ -56,11 +56,9 @@ class Structured:
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
 
-def from_json_schema(
-    schema: dict[str, Any] | str, tokenizer: Tokenizer, requests: int, *, whitespace: bool = True
-) -> Structured:
+def from_json_schema(schema: dict[str, Any] | str, tokenizer: Tokenizer, requests: int) -> Structured:
     """The text of every request is JSON that is valid under `schema`; see `json_schema_grammar`."""
-    return Structured(tokenizer, [json_schema_grammar(schema, whitespace=whitespace)] * requests)
+    return Structured(tokenizer, [json_schema_grammar(schema)] * requests)
 
 
 def from_regex(regex: str, tokenizer: Tokenizer, requests: int) -> Structured:
@@ -73,19 +71,21 @@ def from_grammar(grammar: str, tokenizer: Tokenizer, requests: int) -> Structure
     return Structured(tokenizer, [grammar] * requests)
 
 
-def json_schema_grammar(schema: dict[str, Any] | str, *, whitespace: bool = True) -> str:
-    """The grammar of JSON under `schema`, with white space between its parts or with none.
+def json_schema_grammar(schema: dict[str, Any] | str) -> str:
+    """The grammar of JSON under `schema`, with no white space between its parts.
 
-    Raises ConfigError for what is no JSON, no schema, or a schema with keywords that llguidance can not follow.
+    A small model that may write white space writes little else. A schema asks for it by llguidance's own keyword,
+    "x-guidance": {"whitespace_flexible": true}. Raises ConfigError for what is no JSON, no schema, or a schema with
+    keywords that llguidance can not follow.
     """
     try:
         values = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"`schema` must be JSON, but is not: {error}.") from error
-    require(isinstance(values, dict), "schema", "a JSON object", values, ConfigError)
-    grammar = _library().LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": whitespace})
-    _require_grammar("schema", grammar)
+        raise ConfigError(f"`json_schema` must be JSON, but is not: {error}.") from error
+    require(isinstance(values, dict), "json_schema", "a JSON object", values, ConfigError)
+    grammar = _library().LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
+    _require_grammar("json_schema", grammar)
     return str(grammar)
 
 
@@ -138,7 +138,7 @@ class _Spelled:
     """What llguidance asks a tokenizer for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id, self.bos_token_id, self._tokenizer = tokenizer.eos_id, tokenizer.bos_id, tokenizer
+        self.eos_token_id, self.bos_token_id, self._tokenizer = tokenizer.ids.eos, tokenizer.ids.start, tokenizer
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
         self.special_token_ids = [token for token, spelled in enumerate(self.tokens) if not spelled]
         for token, name in zip(self.special_token_ids, tokenizer.pieces(self.special_token_ids), strict=True):

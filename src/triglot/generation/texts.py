@@ -21,19 +21,24 @@ from triglot.generation.results import Ended, Generation
 from triglot.generation.scoring import prompt_ids
 from triglot.generation.steps import start_texts
 from triglot.generation.stops import StoppingStream
-from triglot.tokenizer import Tokenizer
+from triglot.tokenizer import Message, SpecialIds
+
+Prompt = str | Sequence[Message]
+"""A text, or a conversation."""
 
 
 class Draft:
     """A text that is being written."""
 
-    def __init__(self, number: int, prompt: Sequence[int], limit: int, seed: int, text: StoppingStream) -> None:
+    def __init__(
+        self, number: int, prompt: Sequence[int], limit: int, seed: int, text: StoppingStream, ids: SpecialIds
+    ) -> None:
         self.number = number
         """Of its prompt, counted from 1."""
         self.limit, self.generator = limit, torch.Generator().manual_seed(seed)
         self.tokens: list[Token] = []
         self.ids: list[int] = []
-        self._read, self._text, self._pieces = list(prompt), text, list[str]()
+        self._read, self._text, self._pieces, self._ends = list(prompt), text, list[str](), ids.ends
 
     def take(self, token: Token) -> str:
         """What this token shows to be text: nothing that a later one could take back."""
@@ -51,7 +56,7 @@ class Draft:
         """Why the text is at its end, if it is."""
         if self._text.finished:
             return "stop"
-        if self.ids[-1:] == [Tokenizer.eos_id]:
+        if self.ids and self.ids[-1] in self._ends:
             return "end"
         return "limit" if len(self.ids) >= self.limit else None
 
@@ -74,20 +79,47 @@ class Draft:
         )
 
 
-def drafts_of(ready: Ready, prompts: Sequence[str], how: Sampling) -> tuple[list[Draft], list[Rule]]:
+class Stream(Iterator[str]):
+    """A text as it comes, in pieces none of which is empty."""
+
+    def __init__(self, draft: Draft, pieces: Iterator[str]) -> None:
+        self._draft, self._pieces = draft, filter(None, pieces)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def ended(self) -> Ended | None:
+        """Why the text is at its end; None while it is not."""
+        return self._draft.ended
+
+
+def drafts_of(ready: Ready, prompts: Sequence[Prompt], how: Sampling) -> tuple[list[Draft], list[Rule]]:
     """The texts that are to be written, those of a prompt side by side, and their rules; raises what is not possible.
 
     Without `max_new_tokens` a text is as long as the run says, and no longer than fits the context.
     """
-    contexts = prompt_ids(ready.config, ready.tokenizers.target, prompts)
+    contexts = _contexts(ready, prompts)
     limits = [_limit(ready, number, len(ids), how) for number, ids in enumerate(contexts, 1) for _ in range(how.n)]
     contexts = [ids for ids in contexts for _ in range(how.n)]
     tokenizer, seeds = ready.tokenizers.target, how.seeds(len(contexts))
     drafts = [
-        Draft(1 + place // how.n, ids, limit, seed, StoppingStream(tokenizer, how.stop))
+        Draft(1 + place // how.n, ids, limit, seed, StoppingStream(tokenizer, how.stop), tokenizer.ids)
         for place, (ids, limit, seed) in enumerate(zip(contexts, limits, seeds, strict=True))
     ]
     return drafts, how.rules(tokenizer, contexts)
+
+
+def _contexts(ready: Ready, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """What the model reads of each prompt."""
+    tokenizer = ready.tokenizers.target
+    chats = {
+        number: tokenizer.encode(tokenizer.apply_chat_template(one))
+        for number, one in enumerate(prompts)
+        if not isinstance(one, str)
+    }
+    texts = prompt_ids(ready.config, tokenizer, [one if isinstance(one, str) else "" for one in prompts])
+    return [chats.get(number, ids) for number, ids in enumerate(texts)]
 
 
 def _limit(ready: Ready, number: int, length: int, how: Sampling) -> int:
@@ -151,7 +183,7 @@ def _tokens(
 ) -> Iterator[Token]:
     """Tokens of all texts as they are chosen, with guesses or without."""
     shared: dict[str, Any] = {
-        "eos_id": Tokenizer.eos_id,
+        "eos_ids": ready.tokenizers.target.ids.ends,
         "banned": ready.banned,
         "rules": rules,
         "top_logprobs": how.top_logprobs,

@@ -20,6 +20,12 @@ from triglot.errors import ConfigError, DeadEndError, require
 Search = Callable[[list[list[int]], BeamSearch, int], list[list[Decoded]]]
 """The best texts of each source, of at most so many tokens."""
 
+ENOUGH = 10**11
+"""Work from which on processes pay, as tokens of sources · beam · parameters: before, they take longer to start.
+
+A core does some 2 · 10^10 of it in a second, and a process is ready after two (docs/experiments.md).
+"""
+
 _searches: list[Search] = []
 """What this process searches with, if it is a worker."""
 

@@ -1,6 +1,7 @@
 """Which experts compute what: their loads by domain (languages, kinds of text), layer by layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from triglot.checkpoint import Loaded, load_model
 from triglot.config import RunConfig
-from triglot.data.batch import Batch
+from triglot.data.batch import IGNORED, Batch
 from triglot.data.corpus import Example, read_blocks, read_lines
 from triglot.data.dataset import Windows
 from triglot.data.prepare import prepare
@@ -20,7 +21,6 @@ from triglot.evaluation import examples_dataset
 from triglot.layers.moe import MixtureOfExperts
 from triglot.models.encoder_decoder import Transformer
 from triglot.objective import Model, evaluating, run_model
-from triglot.tokenizer import Tokenizer
 
 Loads = Float[Tensor, "layers experts"]
 
@@ -102,10 +102,10 @@ def _batches(loaded: Loaded, name: str, path: Path) -> Iterable[Batch]:
         return _pairs(loaded, [Example(one[0], one[1], tag) for one in cells])
     ids = [token for block in read_blocks(path) for token in loaded.tokenizers.target.encode(block)]
     require(len(ids) > 1, str(path), "a text of two tokens or more", len(ids), DataError)
-    windows = Windows(np.array(ids, np.uint32), config.train.context, config.train.batch_tokens).epoch(0)
-    return (
-        one._replace(segments=(one.input_ids != Tokenizer.pad_id).long()) for one in windows
-    )  # the last is filled up
+    # None of these ids begins a document, so that nothing but what fills up is not scored.
+    unmarked = replace(loaded.tokenizers.target.ids, bos=None)
+    windows = Windows(np.array(ids, np.uint32), config.train.context, config.train.batch_tokens, unmarked).epoch(0)
+    return (one._replace(segments=(one.targets != IGNORED).long()) for one in windows)  # the last is filled up
 
 
 def _pairs(loaded: Loaded, examples: Sequence[Example]) -> Iterable[Batch]:

@@ -17,7 +17,7 @@ from triglot.generation.alignment import best_layer, shifted, text_places
 from triglot.generation.engine import Engine
 from triglot.generation.scoring import prompt_ids
 from triglot.insight.page import Page, require_free, write
-from triglot.layers.masks import create_look_ahead_mask, create_masks
+from triglot.layers.masks import NO_PADDING, create_look_ahead_mask, create_masks
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.routing import Routing
 from triglot.models.decoder_only import DecoderLLM
@@ -49,9 +49,10 @@ def explain(
     else:
         if target is None:
             found = Engine(model, config, tokenizers).translate([text], tags=tag)[0][0]
-            produced = [token for token in found.tokens if token != Tokenizer.eos_id]
+            produced = [token for token in found.tokens if token not in tokenizers.target.ids.ends]
+            produced = produced[: model.max_seq_length - 1]  # of a text that came to no end
         else:
-            produced = tokenizers.target.encode(target)
+            [produced] = tokenizers.encode_targets([target])
         page = about_pair(model, tokenizers, text, produced, tag)
         how = f"found by beam search, {config.generation.beam} wide" if target is None else "given"
         page["facts"].insert(1, ["Target", f"{tokenizers.target.decode(produced)} ({how})"])
@@ -72,7 +73,7 @@ def about_text(model: DecoderLLM, tokenizer: Tokenizer, text: str, ids: list[int
     _check_length("text", len(ids), model.max_len)
     _check_size(model.layers, len(ids))
     run = model.run(torch.tensor([ids]), need_weights=True)
-    probabilities = model.head(run.hidden)[0].float().softmax(-1)
+    probabilities = model.head(run.hidden)[0].float().softmax(-1)[:, : tokenizer.vocab_size]
     pieces = tokenizer.pieces(ids)
     look_ahead = "a token may attend to itself and to those before it, never to a later one."
     mask = create_look_ahead_mask(len(ids), window=model.options.window)
@@ -102,14 +103,15 @@ def about_pair(
     """What an encoder–decoder does with a source and a target, forced token by token."""
     require(bool(text.strip()), "text", "no empty one", text, DataError)
     source = tokenizers.encode_sources([text], [tag])[0]
-    read, wanted = [Tokenizer.bos_id, *produced], [*produced, Tokenizer.eos_id]
+    ids, size = tokenizers.target.ids, tokenizers.target.vocab_size
+    read, wanted = [ids.start, *produced], [*produced, ids.eos]
     _check_length("text", len(source), model.max_seq_length)
     _check_length("target", len(read), model.max_seq_length)
     _check_size(model.decoder.layers, max(len(source), len(read)))
     src, tgt = torch.tensor([source]), torch.tensor([read])
-    masks = create_masks(src, tgt)
+    masks = create_masks(src, tgt, pad_id=NO_PADDING)
     run = model.run(src, tgt, *masks, need_weights=True)
-    probabilities = model.head(run.hidden)[0].float().softmax(-1)
+    probabilities = model.head(run.hidden)[0].float().softmax(-1)[:, :size]
     x, y = tokenizers.source.pieces(source), tokenizers.target.pieces(read)
     padding = "the tokens of the source that are no padding; alone in its batch, a sentence has none."
     look_ahead = "a target token may attend to itself and to those before it, never to a later one."

@@ -4,15 +4,20 @@ All sines stand before all cosines, where here they alternate: the columns of d_
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from triglot.checkpoint import set_weights, weights_of
 from triglot.config import BlockOptions, ModelConfig
+from triglot.errors import CheckpointError, require
 from triglot.interop import bart
 from triglot.interop.family import Family
 from triglot.interop.links import Link, unchanged
+from triglot.models.encoder_decoder import Transformer
+from triglot.models.factory import build_model
 
 OPTIONS = BlockOptions(tie_embeddings=True, output_bias=True)
 INTO_HEADS = ("query", "key", "value", "inner")
@@ -75,6 +80,31 @@ def rows_halves(x: Tensor) -> Tensor:
 def rows_alternating(x: Tensor) -> Tensor:
     """Of a projection to d_model, or a vector of that width."""
     return alternating(x.T).T if x.dim() == 2 else alternating(x)
+
+
+def with_start_behind(model: Transformer, config: ModelConfig, start: int) -> tuple[Transformer, ModelConfig]:
+    """The model with one more id, its last, that the decoder begins with instead of `start`: it is all zeros.
+
+    So it is in Marian's models, and engines that read them rely on it. Raises CheckpointError where `start` is not.
+    """
+    held = weights_of(model)
+    zero = not held[bart.EMBEDDING][start].any()
+    rule = "zero (train with `train.zero_start` for this export; --to ctranslate2 needs it not)"
+    require(zero, "the vector that the decoder begins with", rule, "another", CheckpointError)
+    larger = replace(
+        config,
+        vocab_size=config.vocab_size + 1,
+        src_vocab_size=config.src_vocab_size + 1,
+        options=replace(config.options, output_bias=True),
+    )
+    bias = held.get("final_layer.bias", torch.zeros(config.vocab_size))
+    held |= {"final_layer.bias": bias}
+    rows = (bart.EMBEDDING, "decoder.embedding.tokens.weight", "final_layer.weight", "final_layer.bias")
+    held |= {name: torch.cat([held[name], torch.zeros_like(held[name][:1])]) for name in rows if name in held}
+    built = build_model(larger)
+    set_weights(built, held, "the model")
+    assert isinstance(built, Transformer)
+    return built, larger
 
 
 FAMILY = Family(read, write, links, bart.follows, prefix="model.")

@@ -9,6 +9,8 @@ from torch import Tensor
 from triglot.errors import require
 
 Mask = Bool[Tensor, "..."]
+NO_PADDING = -1
+"""As the id of padding: there is none."""
 
 
 class Masks(NamedTuple):

@@ -54,6 +54,8 @@ class Packed(Protocol):
     """From so many rows on, a row's bits do not depend on the others."""
     num_bytes: int
     """What one product reads of weights."""
+    precision: Precision
+    """What it multiplies in."""
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]: ...
 
@@ -68,6 +70,7 @@ class PackedFloat:
         self.weight = F.pad(weight.to(dtype), (0, 0, 0, missing))
         self.bias = None if bias is None else F.pad(bias.to(dtype), (0, missing))
         self.num_bytes, self.dtype = self.weight.nbytes, dtype
+        self.precision: Precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.packed = dtype == torch.bfloat16 and self.weight.device.type == "cpu" and has_onednn()
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
@@ -94,6 +97,7 @@ class PackedInt8:
     """
 
     least_rows = 1
+    precision: Precision = "int8"
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
         largest = weight.float().abs().amax(1).clamp_min(LEAST)
@@ -124,6 +128,7 @@ class PackedInt7:
     """
 
     least_rows = 1
+    precision: Precision = "int8"
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
         largest = weight.float().abs().amax(1).clamp_min(LEAST)
@@ -148,6 +153,7 @@ class PackedInt4:
     """Weights as numbers from 0 to 15, each GROUP of inputs with a scale and a middle of its own; rows are bf16."""
 
     least_rows = 1
+    precision: Precision = "int4"
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
         groups = weight.float().unflatten(1, (-1, GROUP))
@@ -179,12 +185,15 @@ class Packer:
         """From so many rows on, no row's bits depend on the others."""
         self.num_bytes = 0
         """What one product with each of them reads of weights."""
+        self.used = set[Precision]()
+        """What they multiply in: those that are too small for whole numbers in more."""
 
     def __call__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> Packed:
         """A projection."""
         made = pack(weight, bias, self.precision)
         self.least_rows = max(self.least_rows, made.least_rows)
         self.num_bytes += made.num_bytes
+        self.used.add(made.precision)
         return made
 
     def beside(self, linears: Sequence[nn.Linear], scale: float = 1.0) -> Packed:

@@ -191,11 +191,12 @@ class DecoderLLM(Stack):
             lengths.tolist(),
         )
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        ends = () if eos_id is None else (eos_id,)
         was_training = self.training
         self.eval()
         try:
             first, steps = self.start(input_ids, lengths, max_new_tokens)
-            new = generate(first, steps, sampler, max_new_tokens, eos_id=eos_id, generator=generator)
+            new = generate(first, steps, sampler, max_new_tokens, eos_ids=ends, generator=generator)
         finally:
             self.train(was_training)
         rows = [torch.cat([input_ids[i, : lengths[i]], input_ids.new_tensor(new[i].ids)]) for i in range(batch)]

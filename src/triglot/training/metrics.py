@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triglot.checkpoint import Progress
 from triglot.config import RunConfig
-from triglot.errors import CheckpointError
+from triglot.errors import CheckpointError, reason
 from triglot.files import sync, write_text
 from triglot.objective import ExpertStats
 
@@ -80,7 +80,7 @@ class MetricsLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise CheckpointError(f"{self.path} could not be written: {error}") from error
+            raise CheckpointError(f"{self.path} could not be written: {reason(error)}") from error
 
     def sync(self) -> None:
         """Have what is written on disk before a checkpoint says that it is."""

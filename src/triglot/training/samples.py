@@ -9,7 +9,7 @@ from triglot.config import RunConfig
 from triglot.data.batch import LanguageBatch
 from triglot.data.dataset import Dataset
 from triglot.data.prepare import Prepared
-from triglot.errors import CheckpointError
+from triglot.errors import CheckpointError, reason
 from triglot.files import write_text
 from triglot.generation.engine import Engine
 from triglot.objective import Model
@@ -101,4 +101,4 @@ def _replace(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+        raise CheckpointError(f"{path} could not be written: {reason(error)}") from error

@@ -19,6 +19,8 @@ from triglot.distributed.parallel import Parallel, parallel
 from triglot.distributed.team import Team, local_device, team
 from triglot.errors import CheckpointError, ConfigError, require
 from triglot.files import at_work, write_json
+from triglot.generation.options import SAID
+from triglot.layers.embedding import Embedding
 from triglot.models.factory import build_model, count_parameters
 from triglot.objective import Model, Objective
 from triglot.recipe import flat, from_dict, load_config, to_dict
@@ -131,7 +133,7 @@ def going_on(config: RunConfig, run: Path, newest: Newest) -> RunConfig:
     """What a run that goes on from `newest` leaves of a given recipe."""
     stored = stored_config(run, newest.folder)
     if config.init.from_ is not None:  # the tokenizer came from there, whatever the recipe says
-        config = dataclasses.replace(config, tokenizer=stored.tokenizer)
+        config = dataclasses.replace(with_said(config, stored), tokenizer=stored.tokenizer)
     return merge(config, stored)
 
 
@@ -192,6 +194,8 @@ class Session:
         self.model = build_model(config.model).to(device)
         if initial is not None:
             checkpoint.set_weights(self.model, checkpoint.weights_of(initial.model), str(config.init.from_))
+        if config.train.zero_start:
+            hold_at_zero(self.model, self.prepared.tokenizers.target.ids.start)
         self.objective = Objective(self.model, config.train.label_smoothing, config.train.r_drop)
         self.config = config
         if team.is_first:
@@ -300,6 +304,8 @@ def check(config: RunConfig, evaluators: Sequence[Evaluator], num_processes: int
     require(number % num_processes == 0, "train.accumulate", rule, number, ConfigError)
     metric, pairs = config.train.keep_best, config.model.kind == "encoder_decoder"
     require(metric == "loss" or pairs, "train.keep_best", "loss in a language model", metric, ConfigError)
+    held = not config.train.zero_start or (pairs and config.train.parallel != "fsdp")
+    require(held, "train.zero_start", "false in a language model and with fsdp", True, ConfigError)
     require(metric == "loss" or bool(evaluators), "evaluators", f"given to find {metric}", list(evaluators))
 
 
@@ -319,7 +325,25 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
     for key in sorted((here.keys() | there.keys()) - {"vocab_size", "src_vocab_size", *rates, *learning}):
         rule = f"{there.get(key)!r} as in {config.init.from_}"
         require(here.get(key) == there.get(key), f"model.{key}", rule, here.get(key), ConfigError)
+    sizes = {name: getattr(initial.model, name) for name in ("vocab_size", "src_vocab_size")}
+    config = replace_in(with_said(config, initial), "model", **sizes)
     return dataclasses.replace(config, tokenizer=initial.tokenizer)
+
+
+def with_said(config: RunConfig, other: RunConfig) -> RunConfig:
+    """The config with what another one says of decoding where it says nothing itself."""
+    said = {name: getattr(other.generation, name) for name in SAID if getattr(config.generation, name) is None}
+    return replace_in(config, "generation", **said)
+
+
+def hold_at_zero(model: Model, token: int) -> None:
+    """Make the vector of a token zero wherever tokens are embedded, and let no step change it."""
+    weights = {module.tokens.weight for module in model.modules() if isinstance(module, Embedding)}
+    for weight in weights:
+        with torch.no_grad():
+            weight[token] = 0.0
+        row = torch.tensor([token], device=weight.device)
+        weight.register_hook(lambda gradient, row=row: gradient.index_fill(0, row, 0.0))
 
 
 def seed_of(seed: int, rank: int, step: int) -> int:
@@ -328,9 +352,10 @@ def seed_of(seed: int, rank: int, step: int) -> int:
 
 
 def with_vocab_sizes(config: RunConfig, tokenizers: Tokenizers) -> RunConfig:
-    """The config with the vocabulary sizes that the tokenizers have."""
+    """The config with the vocabulary sizes that the tokenizers have, or larger ones that an import's model had."""
     source = tokenizers.source.vocab_size if config.model.kind == "encoder_decoder" else 0
-    return replace_in(config, "model", vocab_size=tokenizers.target.vocab_size, src_vocab_size=source)
+    sizes = {"vocab_size": tokenizers.target.vocab_size, "src_vocab_size": source}
+    return replace_in(config, "model", **{name: max(size, getattr(config.model, name)) for name, size in sizes.items()})
 
 
 def replace_in(config: RunConfig, section: str, **values: Any) -> RunConfig:

@@ -1,6 +1,7 @@
-"""Text to token ids and back, exactly: bytes, characters or byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
+"""Tokenizers that are trained here: bytes, characters or byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
 
-Every byte has an id in every vocabulary, so no text is unknown; special tokens have no spelling that text could hit.
+Text comes back exactly. Every byte has an id in every vocabulary, so no text is unknown; special tokens have no
+spelling that text could hit.
 """
 
 import codecs
@@ -10,19 +11,21 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from triglot.errors import CheckpointError, DataError, require
+from triglot.errors import CheckpointError, ConfigError, DataError, reason, require
 from triglot.files import write_text
+from triglot.tokenizer.ids import Message, SpecialIds
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # The library's threads do not survive a fork: a child that used them would wait for ever.
 os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 Kind = Literal["byte", "char", "bpe"]
+"""Of those that are trained here."""
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 
 # Words with the space in front of them, single digits, runs of marks, white space that leaves a space to the next word.
@@ -41,9 +44,9 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-_LETTERS = _byte_letters()
-_BYTE_OF_LETTER = {letter: byte for byte, letter in enumerate(_LETTERS)}
-_BYTE_OF_FALLBACK = {f"<0x{byte:02X}>": byte for byte in range(256)}
+LETTERS = _byte_letters()
+BYTE_OF_LETTER = {letter: byte for byte, letter in enumerate(LETTERS)}
+BYTE_OF_FALLBACK = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def word_boundary(text: str) -> int:
@@ -71,28 +74,25 @@ class TextStream:
 class Tokenizer:
     """A vocabulary with PAD 0, BOS 1, EOS 2, then the target tags, then the pieces of text."""
 
-    pad_id: ClassVar[int] = 0
-    bos_id: ClassVar[int] = 1
-    eos_id: ClassVar[int] = 2
-
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.encode_special_tokens = True  # "<pad>" in a text is text; the library does not save this switch
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        self._names = tuple(piece for piece, _ in vocabulary)
+        self.names = tuple(piece for piece, _ in vocabulary)
         specials = [added[index].content for index in sorted(added)]
-        require(specials == list(self._names[: len(added)]), "special tokens", "the first of the vocabulary", specials)
+        require(specials == list(self.names[: len(added)]), "special tokens", "the first of the vocabulary", specials)
         require(specials[:3] == list(SPECIALS), "special tokens", f"{', '.join(SPECIALS)} in front", specials)
         self.tags: tuple[str, ...] = tuple(name[2:-1] for name in specials[3:])
         """The target tags that a source may begin with."""
         require(specials[3:] == [_spelled(tag) for tag in self.tags], "tags", 'spelled "<2tag>"', specials[3:])
         by_letters = not getattr(backend.model, "byte_fallback", False)
-        pieces = self._names[len(added) :]
+        pieces = self.names[len(added) :]
         to_bytes = _letters_to_bytes if by_letters else _char_to_bytes
         self._bytes = (b"",) * len(added) + tuple(map(to_bytes, pieces))
         self.vocab_size: int = len(vocabulary)
-        self.kind: Kind = "char" if not by_letters else "byte" if len(pieces) == 256 else "bpe"
+        self.ids = SpecialIds(banned=(0, 1, *range(3, len(added))))
+        self.kind: str = "char" if not by_letters else "byte" if len(pieces) == 256 else "bpe"
 
     @classmethod
     def train(cls, kind: Kind, texts: Iterable[str], vocab_size: int = 8000, tags: Sequence[str] = ()) -> "Tokenizer":
@@ -102,11 +102,11 @@ class Tokenizer:
         specials = [*SPECIALS, *(_spelled(tag) for tag in dict.fromkeys(tags))]
         if kind == "char":
             characters: set[str] = set()
-            for text in _encodable(texts):
+            for text in encodable(texts):
                 characters.update(text)
-            return cls(_without_merges(specials, [*_BYTE_OF_FALLBACK, *sorted(characters)], fallback=True))
+            return cls(_without_merges(specials, [*BYTE_OF_FALLBACK, *sorted(characters)], fallback=True))
         if kind == "byte":
-            return cls(_without_merges(specials, _LETTERS, fallback=False))
+            return cls(_without_merges(specials, LETTERS, fallback=False))
         least = 256 + len(specials)
         rule = f"at least {least}, the bytes and special tokens"
         require(vocab_size >= least, "vocab_size", rule, vocab_size, DataError)
@@ -115,25 +115,36 @@ class Tokenizer:
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=[AddedToken(name, special=True, normalized=False) for name in specials],
-            initial_alphabet=_LETTERS,
+            initial_alphabet=LETTERS,
             show_progress=False,
         )
-        backend.train_from_iterator(_encodable(texts), trainer)
+        backend.train_from_iterator(encodable(texts), trainer)
         return cls(backend)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of `text`; what looks like a special token in it is text too."""
-        return [self.bos_id] * bos + self.encode_batch([text])[0] + [self.eos_id] * eos
+        return [self.ids.start] * bos + self.encode_batch([text])[0] + [self.ids.eos] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, without special tokens; on all cores unless TOKENIZERS_PARALLELISM is "false"."""
         try:
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:  # the library's word for lone surrogates
-            for _ in _encodable(texts):
+            for _ in encodable(texts):
                 pass
             raise
         return [one.ids for one in encoded]
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts as an encoder reads them."""
+        return [[self.ids.start, *ids, self.ids.eos] for ids in self.encode_batch(texts)]
+
+    def encode_prompts(self, prompts: Sequence[str], *, documents: bool) -> list[list[int]]:
+        """What is read before a text goes on, by a model that knows whole documents or windows cut anywhere.
+
+        Whole documents begin with BOS, and so does nothing at all; windows mostly do not.
+        """
+        return [[self.ids.start] * (documents or not ids) + ids for ids in self.encode_batch(prompts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -155,7 +166,7 @@ class Tokenizer:
     def _readable(self, token_id: int) -> str:
         piece = self.token_bytes(token_id)
         if not piece:
-            return self._names[token_id]
+            return self.names[token_id]
         try:
             text = piece.decode("utf-8")
         except UnicodeDecodeError:
@@ -168,6 +179,10 @@ class Tokenizer:
         require(tag in self.tags, "tag", f"a known one ({known})", tag, DataError)
         return len(SPECIALS) + self.tags.index(tag)
 
+    def apply_chat_template(self, messages: Sequence[Message], **variables: Any) -> str:  # noqa: ARG002 for those that have one
+        """The text of a conversation; ConfigError, as tokenizers that are trained here have no chat template."""
+        raise ConfigError("`the run` must be made from a model with a chat template to be talked to, but is not.")
+
     def stream(self) -> TextStream:
         """A decoder for tokens that come one by one."""
         return TextStream(self)
@@ -177,9 +192,21 @@ class Tokenizer:
         """A fingerprint of the vocabulary and its rules."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
 
+    def as_json(self, *, bos: bool = False, eos: bool = False) -> str:
+        """A tokenizer.json of the `tokenizers` library, in which special tokens are marked as such.
+
+        With `bos` or `eos` whoever loads it has these around each text.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if bos or eos:
+            names = [(self.names[token], token) for token in (self.ids.start, self.ids.eos)]
+            frame = [names[0][0]] * bos + ["$A"] + [names[1][0]] * eos
+            backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=names)
+        return str(backend.to_str(pretty=True))
+
     def save(self, path: Path) -> None:
-        """Write one tokenizer.json of the `tokenizers` library, in which special tokens are marked as such."""
-        write_text(path, self._backend.to_str(pretty=True))
+        """Write it as one file."""
+        write_text(path, self.as_json())
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -188,7 +215,7 @@ class Tokenizer:
             text = path.read_text(encoding="utf-8")
             values = json.loads(text)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: no tokenizer can be read from it: {error}") from error
+            raise CheckpointError(f"{path}: no tokenizer can be read from it: {reason(error)}") from error
         try:
             tokenizer = cls(_parse(values, text))
             require(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, "the file", "without loss", _PROBE)
@@ -197,52 +224,12 @@ class Tokenizer:
         return tokenizer
 
 
-class Tokenizers(NamedTuple):
-    """The tokenizers of both sides; one and the same when they are joint, and in a language model."""
-
-    source: Tokenizer
-    target: Tokenizer
-
-    @property
-    def joint(self) -> bool:
-        """Both sides share one vocabulary."""
-        return self.source is self.target
-
-    def encode_sources(self, texts: Sequence[str], tags: Sequence[str | None]) -> list[list[int]]:
-        """What the encoder reads: [BOS] + text + [EOS], behind the target tag where there is one."""
-        bodies = self.source.encode_batch(texts)
-        return [
-            [*([] if tag is None else [self.source.tag_id(tag)]), self.source.bos_id, *body, self.source.eos_id]
-            for body, tag in zip(bodies, tags, strict=True)
-        ]
-
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json, or source.json and target.json, into an existing folder."""
-        if self.joint:
-            self.source.save(folder / "tokenizer.json")
-        else:
-            self.source.save(folder / "source.json")
-            self.target.save(folder / "target.json")
-
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizers":
-        """Read what `save` wrote into a folder, or the one tokenizer in a file."""
-        joint = path / "tokenizer.json" if path.is_dir() else path
-        if joint.is_file():
-            tokenizer = Tokenizer.load(joint)
-            return cls(tokenizer, tokenizer)
-        sides = [path / "source.json", path / "target.json"]
-        if not all(side.is_file() for side in sides):
-            rule = "a tokenizer's file, or a folder that holds tokenizer.json"
-            raise CheckpointError(f"`tokenizer` must be {rule}, but is {str(path)!r} instead.")
-        return cls(*map(Tokenizer.load, sides))
-
-
 def _spelled(tag: str) -> str:
     return f"<2{tag}>"  # Johnson et al. 2017, §3
 
 
-def _encodable(texts: Iterable[str]) -> Iterator[str]:
+def encodable(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, as long as UTF-8 can encode them; DataError where a lone surrogate can not be."""
     for text in texts:
         try:
             text.encode("utf-8")
@@ -272,13 +259,13 @@ def _without_merges(specials: Sequence[str], pieces: Iterable[str], *, fallback:
 
 
 def _letters_to_bytes(piece: str) -> bytes:
-    require(all(letter in _BYTE_OF_LETTER for letter in piece), "a piece", "of byte letters", piece)
-    return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+    require(all(letter in BYTE_OF_LETTER for letter in piece), "a piece", "of byte letters", piece)
+    return bytes(BYTE_OF_LETTER[letter] for letter in piece)
 
 
 def _char_to_bytes(piece: str) -> bytes:
-    require(len(piece) == 1 or piece in _BYTE_OF_FALLBACK, "a piece", "one character or byte", piece)
-    return bytes([_BYTE_OF_FALLBACK[piece]]) if piece in _BYTE_OF_FALLBACK else piece.encode("utf-8")
+    require(len(piece) == 1 or piece in BYTE_OF_FALLBACK, "a piece", "one character or byte", piece)
+    return bytes([BYTE_OF_FALLBACK[piece]]) if piece in BYTE_OF_FALLBACK else piece.encode("utf-8")
 
 
 def _parse(values: Any, text: str) -> tokenizers.Tokenizer:
