@@ -10,6 +10,7 @@ from latex2mathml.converter import convert
 
 HERE = Path(__file__).parent
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+PAGE = re.compile(r'href="(?!\w+:)([^"#]+)\.md([#"])')
 
 
 def on_config(config: Any) -> Any:
@@ -19,7 +20,8 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    return FORMULA.sub(formula, content)
+    """Formulas; and links to pages that blocks have printed, which mkdocs does not see."""
+    return PAGE.sub(r'href="\1.html\2', FORMULA.sub(formula, content))
 
 
 def formula(found: re.Match[str]) -> str:

@@ -192,7 +192,7 @@ def kept(shape: Shape) -> str:
 def drawing(title: str, width: float, height: float, body: Sequence[str]) -> str:
     """An SVG of its natural size, or as wide as the page where that is narrower."""
     name = escape(title)
-    box = f'viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px"'
+    box = f'viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px;min-width:{0.75 * width:.0f}px"'
     return f'<svg {box} role="img" aria-label="{name}"><title>{name}</title>{"".join(body)}</svg>'
 
 

@@ -5,10 +5,13 @@ import importlib
 import importlib.util
 import io
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -206,3 +209,76 @@ def test_every_link_of_the_site_leads_somewhere(site):
             assert target.exists(), f"{page.name}: {link}"
             if where.fragment and target in pages:
                 assert unquote(where.fragment) in pages[target].ids | {"__skip", "__toc"}, f"{page.name}: {link}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    """Chromium, the system's or playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with playwright.sync_playwright() as found:
+        try:
+            started = found.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no browser: {error.message.splitlines()[0]}")
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Any:
+    """Where the site is served."""
+    handler = functools.partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_page_is_wider_than_the_screen_nor_complains_nor_asks_elsewhere(browser, address, site, width, scheme):
+    page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+    complaints, asked = [], []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("request", lambda request: asked.append(request.url))
+    for path in sorted(site.rglob("*.html")):
+        name = path.relative_to(site).as_posix()
+        if name == "404.html":
+            continue
+        page.goto(address + name)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{name} is {wide} wide"
+        shown = page.evaluate("document.body.getAttribute('data-md-color-scheme')")
+        assert shown == {"light": "default", "dark": "slate"}[scheme]
+    assert not complaints
+    assert {url for url in asked if not url.startswith(address)} == set()
+
+
+@pytest.mark.slow
+def test_a_keyboard_reaches_colours_search_and_navigation(browser, address):
+    page = browser.new_context(viewport={"width": 390, "height": 900}, color_scheme="light").new_page()
+    page.goto(f"{address}guide/02-attention.html")
+    page.wait_for_function("document.querySelector('.md-skip') !== null")
+    focused = "document.activeElement"
+    page.keyboard.press("Tab")
+    assert "md-skip" in page.evaluate(f"{focused}.className")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.body.getAttribute('data-md-color-scheme')") == "slate"
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if "md-nav__link" in page.evaluate(f"{focused}.className"):
+            break
+    page.wait_for_function(f"{focused}.getBoundingClientRect().left >= 0")  # the navigation slides in
+    page.keyboard.press("Enter")
+    page.wait_for_load_state()
+    page.keyboard.press("/")
+    page.keyboard.type("rotary")
+    page.wait_for_selector(".md-search-result__item")
