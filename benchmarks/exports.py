@@ -1,4 +1,4 @@
-"""The same weights for peers: our models as CTranslate2 and transformers hold them.
+"""The same weights for peers: our models as CTranslate2, transformers and GGUF's readers hold them.
 
 Token ids stay what they are: a vocabulary is the numbers themselves, written out.
 """
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from triglot.blocks import Block
+from triglot.config import ModelConfig
+from triglot.interop import gguf
 from triglot.layers.attention import MultiHeadAttention
 from triglot.layers.embedding import Embedding
 from triglot.layers.feed_forward import PointwiseFeedForward
@@ -301,3 +303,92 @@ def _llama_block(block: Any) -> dict[str, Tensor]:
         "input_layernorm.weight": block.around_self_attention.norm.weight,
         "post_attention_layernorm.weight": block.around_feed_forward.norm.weight,
     }
+
+
+# GGUF
+
+GPT2_PARTS = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def to_gguf(model: DecoderLLM, path: Path, bits: str = "F32") -> None:
+    """Write a model of Llama's kind, or in fp32 one of GPT-2's, for llama.cpp and OpenVINO GenAI.
+
+    llama.cpp's GELU is the one with tanh, looked up in a table of 16 bits.
+    """
+    words = [str(token) for token in range(model.embedding.tokens.num_embeddings)]
+    about: dict[str, Any] = {
+        "general.file_type": 0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": [3] * (EOS + 1) + [1] * (len(words) - EOS - 1),
+        "tokenizer.ggml.merges": ["1 0"],  # a reader wants some
+        "tokenizer.ggml.bos_token_id": BOS,
+        "tokenizer.ggml.eos_token_id": EOS,
+    }
+    block: Any = model.layers[0]
+    config = ModelConfig(
+        kind="decoder_only",
+        d_model=model.d_model,
+        num_heads=block.self_attention.num_heads,
+        num_layers=len(model.layers),
+        d_ff=block.feed_forward.outer.in_features,
+        max_seq_length=model.max_seq_length,
+        vocab_size=len(words),
+        options=model.options,
+    )
+    if model.options.norm == "rms":
+        gguf.write(path, model, config, bits, about)
+    else:
+        _gpt2_gguf(model, path, config, about)
+
+
+def _gpt2_gguf(model: DecoderLLM, path: Path, config: ModelConfig, about: dict[str, Any]) -> None:
+    from gguf import GGUFValueType, GGUFWriter
+
+    table = position_table(model.embedding)
+    assert table is not None
+    about |= {
+        "gpt2.context_length": len(table),
+        "gpt2.embedding_length": config.d_model,
+        "gpt2.feed_forward_length": config.d_ff,
+        "gpt2.block_count": config.num_layers,
+        "gpt2.attention.head_count": config.num_heads,
+        "gpt2.attention.layer_norm_epsilon": config.options.norm_eps,
+    }
+    state = {"token_embd.weight": model.embedding.tokens.weight, "position_embd.weight": table}
+    for number, block in enumerate(model.layers):
+        for name, parts in _gpt2_block(block).items():
+            for part in ("weight", "bias"):
+                joined = torch.cat([getattr(one, part) for one in parts])
+                state[f"blk.{number}.{GPT2_PARTS[name]}.{part}"] = joined
+    state |= {f"output_norm.{name}": value for name, value in model.final_norm.named_parameters()}
+    writer = GGUFWriter(path, "gpt2")
+    for name, value in about.items():
+        kind = GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.get_type(value)
+        writer.add_key_value(name, value, kind)
+    for name, tensor in state.items():
+        writer.add_tensor(name, tensor.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantised(path: Path, into: Path, bits: str) -> None:
+    """A GGUF file of fewer bits by llama.cpp: Q8_0, or Q4_0 with eight bits for embeddings and logits, as ours have."""
+    import llama_cpp
+
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[bits]
+    how.token_embedding_type = how.output_tensor_type = llama_cpp.GGML_TYPE_Q8_0
+    how.nthread = 2
+    failed = llama_cpp.llama_model_quantize(str(path).encode(), str(into).encode(), how)
+    assert not failed, path
