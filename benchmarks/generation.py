@@ -105,7 +105,7 @@ def ctranslate2_translations(
 
 def transformers_translations(run: Path, sources: list[list[int]], beam: int, batch: int) -> Work:
     """The same by transformers, sentences of like lengths together."""
-    model = exports.to_marian(load_model(run).model)  # type: ignore[arg-type]
+    model = exports.to_transformers(load_model(run).model)
     rows = sorted(sources, key=len, reverse=True)
 
     @torch.no_grad()
@@ -232,7 +232,7 @@ def ctranslate2_texts(shape: str, rows: int, precision: str) -> Work:
 
 def transformers_texts(shape: str, rows: int) -> Work:
     """The same by transformers."""
-    model = (exports.to_gpt2 if shape.startswith("GPT-2") else exports.to_llama)(SHAPES[shape]())
+    model = exports.to_transformers(SHAPES[shape]())
     ids = torch.tensor(prompts(rows))
 
     @torch.no_grad()

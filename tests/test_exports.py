@@ -46,15 +46,15 @@ def logits_of(model) -> torch.Tensor:
 @torch.no_grad()
 def test_marian_computes_what_the_transformer_does():
     model = make("pairs", MARIAN)
-    theirs = exports.to_marian(model)(input_ids=SOURCE, decoder_input_ids=LOCAL).logits
+    theirs = exports.to_transformers(model)(input_ids=SOURCE, decoder_input_ids=LOCAL).logits
     torch.testing.assert_close(theirs, logits_of(model), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("options", "export"), [(GPT2, "to_gpt2"), (LLAMA, "to_llama")])
-def test_transformers_decoders_compute_what_ours_do(options, export):
+@pytest.mark.parametrize("options", [GPT2, LLAMA])
+def test_transformers_decoders_compute_what_ours_do(options):
     model = make("text", options)
-    torch.testing.assert_close(getattr(exports, export)(model)(LOCAL).logits, model(LOCAL).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exports.to_transformers(model)(LOCAL).logits, model(LOCAL).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [MARIAN, MODERN])
