@@ -56,7 +56,8 @@ def code_data(out: Path) -> dict[str, Any]:
     paths, trained = sysconfig.get_paths(), list[str]()
     for name in ("stdlib", *PACKAGES):
         folder = Path(paths["stdlib"]) if name == "stdlib" else Path(paths["purelib"]) / name
-        files = sorted(folder.glob("*.py" if name == "stdlib" else "**/*.py"))
+        found = sorted(folder.glob("*.py" if name == "stdlib" else "**/*.py"))
+        files = [file for file in found if is_text(file)]
         held = b"".join(file.read_bytes() for file in files[::HELD_OUT])[:DOMAIN_BYTES]
         (out / f"{name}.txt").write_text(held.decode(errors="ignore"), encoding="utf-8")
         size = 0
@@ -65,6 +66,14 @@ def code_data(out: Path) -> dict[str, Any]:
             if number % HELD_OUT and size <= PACKAGE_BYTES:
                 trained.append(str(file))
     return {"kind": "text", "root": "/", "files": trained, "valid": 0.02}
+
+
+def is_text(path: Path) -> bool:
+    """Whether there is something in a file that a tokenizer reads."""
+    try:
+        return bool(path.read_text(encoding="utf-8").strip())
+    except UnicodeDecodeError:
+        return False
 
 
 def recipe(task: str, arm: str, seed: int, data: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import exports, measure
+from benchmarks import engines, exports, measure
 from benchmarks.measure import Row, Work
 from triglot.allocator import keep_freed_memory
 from triglot.checkpoint import load_model
@@ -35,6 +35,13 @@ BOS, EOS = exports.BOS, exports.EOS
 LIMIT = 100
 """Tokens of a translation at most."""
 PROMPT, NEW = 32, 128
+PACKAGES = {
+    "transformers": ("transformers",),
+    "CTranslate2": ("ctranslate2",),
+    "llama.cpp": ("llama-cpp-python", "gguf"),
+    "OpenVINO GenAI": ("openvino-genai", "nncf", "gguf"),
+}
+UNHELD = ("llama.cpp", "OpenVINO GenAI")
 
 # Translation
 
@@ -98,7 +105,7 @@ def ctranslate2_translations(
 
 def transformers_translations(run: Path, sources: list[list[int]], beam: int, batch: int) -> Work:
     """The same by transformers, sentences of like lengths together."""
-    model = exports.to_marian(load_model(run).model)  # type: ignore[arg-type]
+    model = exports.to_transformers(load_model(run).model)
     rows = sorted(sources, key=len, reverse=True)
 
     @torch.no_grad()
@@ -225,7 +232,7 @@ def ctranslate2_texts(shape: str, rows: int, precision: str) -> Work:
 
 def transformers_texts(shape: str, rows: int) -> Work:
     """The same by transformers."""
-    model = (exports.to_gpt2 if shape.startswith("GPT-2") else exports.to_llama)(SHAPES[shape]())
+    model = exports.to_transformers(SHAPES[shape]())
     ids = torch.tensor(prompts(rows))
 
     @torch.no_grad()
@@ -242,13 +249,46 @@ def transformers_texts(shape: str, rows: int) -> Work:
     return work
 
 
+def llama_cpp_texts(shape: str, rows: int, precision: str, flash: bool) -> Work:
+    """The same by llama.cpp."""
+    return engine_texts(
+        lambda folder: engines.llama_cpp_file(SHAPES[shape](), folder, precision),
+        lambda file: engines.llama_cpp(file, prompts(rows), NEW, flash),
+    )
+
+
+def openvino_texts(shape: str, rows: int, precision: str, backend: str) -> Work:
+    """The same by OpenVINO GenAI."""
+    return engine_texts(
+        lambda folder: engines.openvino_folder(SHAPES[shape](), folder, precision),
+        lambda folder: engines.openvino(folder, prompts(rows), NEW, backend),
+    )
+
+
+def engine_texts(write: Callable[[Path], Path], read: Callable[[Path], engines.Texts]) -> Work:
+    """An engine that has read what is written for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = read(write(Path(folder)))
+    return lambda: sum(len(text) for text in texts())
+
+
 def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, Callable[[], Work]]]:
-    """Everyone's settings; the others have none of 4 bits."""
-    return {
-        "triglot": {precision: partial(our_texts, shape, rows, precision)},
+    """Everyone's settings; transformers and CTranslate2 have none of 4 bits, OpenVINO no GPT-2."""
+    given = (shape, rows, precision)
+    flash = {"without": False, "with": True}
+    known: dict[str, dict[str, Callable[[], Work]]] = {
+        "triglot": {precision: partial(our_texts, *given)},
         "transformers": {"fp32": partial(transformers_texts, shape, rows)},
-        "CTranslate2": {one: partial(ctranslate2_texts, shape, rows, one) for one in ("int8",)},
+        "CTranslate2": {"int8": partial(ctranslate2_texts, shape, rows, "int8")},
+        "llama.cpp": {
+            f"{precision}, {name} flash attention": partial(llama_cpp_texts, *given, on) for name, on in flash.items()
+        },
     }
+    if shape.startswith("SmolLM2"):
+        known["OpenVINO GenAI"] = {
+            f"{precision}, {name}": partial(openvino_texts, *given, name) for name in ("SDPA", "PA")
+        }
+    return known
 
 
 def share_of_bandwidth(shape: str, precision: Any, tokens_per_second: float) -> Row:
@@ -327,6 +367,9 @@ def bests(section: str, options: argparse.Namespace, side: Callable[[str, str], 
     """The setting of each side that a first turn of each finds fastest."""
     chosen = {}
     for name, known in settings(section, options).items():
+        if why := left_out(name, options):
+            print(f"{section}: {name} is left out: {why}", flush=True)
+            continue
         if len(known) == 1:
             chosen[name] = next(iter(known))
             continue
@@ -335,6 +378,14 @@ def bests(section: str, options: argparse.Namespace, side: Callable[[str, str], 
             print(f"{section}: {name}, {setting}: {speed:,.0f} tokens/s", flush=True)
         chosen[name] = max(speeds, key=lambda setting: speeds[setting])
     return chosen
+
+
+def left_out(name: str, options: argparse.Namespace) -> str | None:
+    """Why a side is not measured."""
+    missing = [package for package in PACKAGES.get(name, ()) if measure.installed(package) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    return "it is not held to AVX2" if options.laptop and name in UNHELD else None
 
 
 def first_speed(side: measure.Side) -> float:

@@ -149,7 +149,7 @@ def peak_memory() -> int:
 
 def machine() -> dict[str, Any]:
     """What the figures are of."""
-    packages = ("torch", "transformers", "ctranslate2", "triglot")
+    packages = ("torch", "transformers", "ctranslate2", "llama-cpp-python", "openvino-genai", "triglot")
     return {
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -15,6 +15,10 @@ import jaxtyping
 import pytest
 import torch
 
+from tests.foreign import family, marian
+
+__all__ = ["family", "marian"]
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},
     "pre": {"norm_order": "pre"},

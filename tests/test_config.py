@@ -336,6 +336,21 @@ def test_an_override_sets_what_its_path_names(recipe, override, path, value):
     assert type(found) is type(value)
 
 
+def test_a_recipe_without_a_model_has_that_of_the_run_it_starts_from(recipe, tmp_path):
+    before = load_recipe(recipe)
+    write_json(tmp_path / "config.json", to_dict(before))
+    (tmp_path / "more.toml").write_text(f'[data]\nkind = "{before.data.kind}"\nfiles = ["x"]\n', encoding="utf-8")
+    init = f"init.from={tmp_path}"
+    assert load_recipe(tmp_path / "more.toml", (init,)).model == before.model
+    other = load_recipe(tmp_path / "more.toml", (init, "model.dropout=0.375", "model.options.attention_dropout=0.25"))
+    assert (other.model.dropout, other.model.options.attention_dropout) == (0.375, 0.25)
+    assert other.model.num_layers == before.model.num_layers
+    with pytest.raises(ConfigError, match="`init.from` must be a run's folder"):
+        load_recipe(tmp_path / "more.toml", (f"init.from={tmp_path / 'none'}",))
+    with pytest.raises(ConfigError, match="`model` must be given"):
+        load_recipe(tmp_path / "more.toml")
+
+
 def test_of_two_overrides_the_later_holds(recipe):
     assert load_recipe(recipe, ("seed=3", "seed=5")).seed == 5
 

@@ -1,4 +1,4 @@
-"""What docs/how-to-write-a-recipe.md must hold: every key with its default, and recipes that are recipes."""
+"""What docs/how-to/write-a-recipe.md must hold: every key with its default, and recipes that are recipes."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from triglot.evaluation import score_translations
 from triglot.recipe import from_dict
 from triglot.training.session import train
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "how-to-write-a-recipe.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[1] / "docs" / "how-to" / "write-a-recipe.md").read_text(encoding="utf-8")
 SECTIONS = {field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "seed"} | {
     "model.options": BlockOptions,
     "model.options.rope_scaling": RopeScaling,

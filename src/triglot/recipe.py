@@ -115,7 +115,26 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"`recipe` must be TOML in UTF-8, but {path} is not: {error}.") from error
     for override in overrides:
         _override(values, override)
-    return from_dict(RunConfig, values)
+    return from_dict(RunConfig, _with_model_of_init(values))
+
+
+def _with_model_of_init(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the model of the run that it starts from, where it does not say what kind of model it has."""
+    init, model = values.get("init"), values.get("model", {})
+    if not isinstance(init, dict) or not isinstance(init.get("from"), str) or "kind" in model:
+        return values
+    path = Path(init["from"]) / "config.json"
+    _require(path.is_file(), "init.from", "a run's folder", init["from"])
+    return values | {"model": merged(to_dict(load_config(path).model), model)}
+
+
+def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """One nested table over another."""
+    both = {name: (table.get(name), value) for name, value in over.items()}
+    return dict(table) | {
+        name: merged(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else new
+        for name, (old, new) in both.items()
+    }
 
 
 def overridden(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:

@@ -45,6 +45,7 @@ ONLY = {
     "llama": ("Llama", LLAMA),
     "llama-tied-biased": ("Llama", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama-linear": ("Llama", LLAMA | rope(rope_type="linear", factor=4.0)),
+    "llama-dynamic": ("Llama", LLAMA | rope(rope_type="dynamic", factor=4.0)),
     "llama3": ("Llama", LLAMA | rope(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **LONGER)),
     "llama-yarn": ("Llama", LLAMA | rope(rope_type="yarn", **LONGER)),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 7}),

@@ -1,22 +1,17 @@
 """SentencePiece's vocabularies say what its own library and `transformers` make of the same files."""
 
-import io
 import json
-import random
 import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.foreign import sentencepieces
 from triglot.errors import CheckpointError
 from triglot.tokenizer import SpecialIds, Tokenizers
 
 sentencepiece = pytest.importorskip("sentencepiece")
-LINES = [
-    "The quick brown fox, the lazy dog; the the the.", "Don't go! 1984 19 84", "a small house in the old town",
-    "déjà vu — žluťoučký kůň", "Ein kleines Haus, größer als das andere.", "Der Hund und die Katze.",
-] * 40  # fmt: skip
 SPELLED = [
     "</s>",
     "<unk>",
@@ -34,33 +29,6 @@ SPELLED = [
 SENTENCES = st.lists(
     st.one_of(st.text(st.characters(codec="utf-8"), max_size=9), st.sampled_from(SPELLED)), max_size=5
 ).map("".join)
-
-
-def trained(**options) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
-    )
-    return model.getvalue()
-
-
-@pytest.fixture(scope="module")
-def marian(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("marian")
-    pieces = ["</s>", "<unk>", ">>deu<<"]
-    for side, size in (("source", 120), ("target", 90)):
-        content = trained(vocab_size=size, model_type="unigram")
-        (folder / f"{side}.spm").write_bytes(content)
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        pieces += [model.id_to_piece(token) for token in range(3, model.get_piece_size())]
-    pieces = list(dict.fromkeys(pieces))
-    pieces = [*pieces[:3], *random.Random(0).sample(pieces[3:], len(pieces) - 9), "<pad>"]  # some are unknown
-    (folder / "vocab.json").write_text(json.dumps({piece: token for token, piece in enumerate(pieces)}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"source_lang": "en", "target_lang": "de"}))
-    pad = len(pieces) - 1
-    said = {"decoder_start_token_id": pad, "eos_token_id": 0, "bad_words_ids": [[pad]], "num_beams": 6}
-    (folder / "generation_config.json").write_text(json.dumps(said | {"max_length": 512, "pad_token_id": pad}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +91,7 @@ def test_the_files_travel(marian, ours, tmp_path):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
-    content = trained(
+    content = sentencepieces(
         vocab_size=400, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False, add_dummy_prefix=True,
     )  # fmt: skip
@@ -152,7 +120,7 @@ def test_special_ids_of_a_vocabulary_alone_are_its_own(llama):
 
 def test_t5_has_its_blanks_behind_its_vocabulary_the_first_one_last(tmp_path):
     options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "pad_piece": "<pad>"}
-    (tmp_path / "spiece.model").write_bytes(trained(vocab_size=90, model_type="unigram", **options))
+    (tmp_path / "spiece.model").write_bytes(sentencepieces(vocab_size=90, model_type="unigram", **options))
     (tmp_path / "generation_config.json").write_text('{"decoder_start_token_id": 0, "eos_token_id": 1}')
     tokenizer = Tokenizers.load(tmp_path).target
     size = tokenizer.vocab_size

@@ -67,6 +67,26 @@ def train_tokenizer(
     typer.echo(f"{tokenizer.vocab_size:,} tokens: {path}")
 
 
+class PublicData(StrEnum):
+    """Data that recipes are measured on."""
+
+    multi30k = "multi30k"
+
+
+@app.command()
+def data(
+    name: Annotated[PublicData, typer.Argument(metavar="NAME", help="Which: multi30k.", show_default=False)],  # noqa: ARG001 there is one
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its files go.")] = Path("data/multi30k"),
+    from_hub: Annotated[bool, typer.Option("--from-hub", help="Download it from huggingface.co.")] = False,
+) -> None:
+    """Bring public data, as recipes read it; its content is checked."""
+    from triglot import hub
+
+    require(from_hub, "--from-hub", "given, since nothing is downloaded unless asked", False, ConfigError)
+    for path in hub.multi30k(out):
+        typer.echo(str(path))
+
+
 @app.command()
 def train(
     recipe: Annotated[
@@ -206,6 +226,14 @@ class To(StrEnum):
     ctranslate2 = "ctranslate2"
 
 
+class Dtype(StrEnum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Numbers(StrEnum):
     """How numbers are stored in GGUF."""
 
@@ -219,19 +247,34 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A run; or a folder of transformers, GGUF, llama2.c.")],
     out: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or file of GGUF.")],
     to: Annotated[To, typer.Option(help="Whose checkpoint to write; hf: transformers.")] = To.triglot,
-    numbers: Annotated[Numbers, typer.Option(help="Of GGUF.")] = Numbers.q8_0,
+    numbers: Annotated[
+        Numbers | None, typer.Option(help="Of weights in GGUF; Q8_0 by default.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of weights in a run and with hf; float32 by default.", show_default=False)
+    ] = None,
     which: Which = "best",
+    from_hub: Annotated[bool, typer.Option("--from-hub", help="SRC is a name on huggingface.co: download it.")] = False,
 ) -> None:
     """Bring a checkpoint in as a run, or take a run out to where other engines serve it."""
+    import torch
+
+    from triglot import hub
     from triglot.interop import runs as interop
 
+    require(numbers is None or to == To.gguf, "--numbers", "left out unless --to gguf", numbers, ConfigError)
+    typed = to in (To.triglot, To.hf)
+    require(dtype is None or typed, "--dtype", "left out unless --to triglot or hf", dtype, ConfigError)
+    kind: torch.dtype = getattr(torch, dtype or Dtype.float32)
+    if from_hub:
+        source = hub.checkpoint(source.as_posix())
     match to:
         case To.triglot:
-            interop.to_run(source, out)
+            interop.to_run(source, out, kind)
         case To.hf:
-            interop.to_transformers(source, out, which)
+            interop.to_transformers(source, out, which, kind)
         case To.gguf:
-            interop.to_gguf(source, out, numbers.value, which)
+            interop.to_gguf(source, out, numbers or Numbers.q8_0, which)
         case To.ctranslate2:
             interop.to_ctranslate2(source, out, which)
     typer.echo(str(out))

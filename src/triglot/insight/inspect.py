@@ -199,7 +199,8 @@ def note(part: Part, path: str, module: nn.Module, method: str, inputs: tuple[An
             ("V", value, "batch kv_heads key head_dim"),
             ("scores, weights", output[1], "batch heads query key"),
         ):
-            part.shapes.append(shape(what, tensor, names, path))
+            if tensor is not None:
+                part.shapes.append(shape(what, tensor, names, path))
         part.flops += 4 * query.numel() * key.size(2)  # QKᵀ, and the weights times V
     elif isinstance(module, MixtureOfExperts):
         tokens, routing = inputs[0].shape[:2].numel(), output.routing

@@ -1,6 +1,7 @@
 """From a checkpoint of another library to a model or a run, and from a run to what other libraries load."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def config_of(values: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
 def family_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The family that has such a model, and its config.json; CheckpointError says what the nearest one lacks."""
     nearest: list[str] = []
-    wanted = settled(config)
+    wanted, config = settled(config), with_rates(config)
     for family in dict.fromkeys(FAMILIES.values()):
         try:
             values = family.write(config)
@@ -90,6 +91,14 @@ def family_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     raise CheckpointError(
         f"No family of transformers has such a model; the nearest one differs in {', '.join(nearest)}."
     )
+
+
+def with_rates(config: ModelConfig) -> ModelConfig:
+    """The config with the rates of dropout that it leaves to the one rate, or to none."""
+    rate = 0.0 if config.kind == "decoder_only" else config.dropout
+    options = config.options.with_dropout(attention=rate, embedding=rate)
+    inner = config.dropout if options.activation_dropout is None else options.activation_dropout
+    return replace(config, options=replace(options, activation_dropout=inner))
 
 
 def settled(config: ModelConfig) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from triglot.models.stack import Stack
 SAME = {
     "qk_norm": None,
     "window": None,
-    "head_dim": None,
-    "qkv_bias": None,
     "rope_scaling": None,
     "embedding_norm": False,
     "scale_attention": True,
@@ -53,6 +51,10 @@ def write(model: Transformer | DecoderLLM, folder: Path, words: Words) -> None:
         require_file(
             getattr(model.options, name) == value, f"options.{name}", repr(value), getattr(model.options, name)
         )
+    stack = model.decoder if isinstance(model, Transformer) else model
+    first: Any = stack.layers[0]
+    equal = stack.d_model // first.self_attention.num_heads
+    require_file(stack.head_dim == equal, "options.head_dim", f"{equal}, as many heads share d_model", stack.head_dim)
     positions = model.options.positions
     require_file(positions != "relative", "options.positions", "sinusoidal, learned or rotary", positions)
 

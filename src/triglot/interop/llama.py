@@ -93,11 +93,14 @@ def rope(values: Mapping[str, Any], longest: int) -> tuple[float, RopeScaling | 
     expect(given, partial_rotary_factor=(1.0, 1), truncate=(True,), mscale=(), mscale_all_dim=())
     name = "rope_type" if "rope_type" in given else "type"
     kind = setting(given, name, str, "default")
-    known = ("default", *get_args(RopeKind))
+    known = ("default", "dynamic", *get_args(RopeKind))
     require_file(kind in known, f"rope_scaling.{name}", f"one of {', '.join(known)}", kind)
-    if kind == "default":
-        return theta, None
     original = "original_max_position_embeddings"
+    if kind == "dynamic":  # which turns as the plain one does up to the length that a model was trained for
+        within = setting(given, original, int, longest)
+        require_file(longest <= within, "max_position_embeddings", f"at most {original} ({within})", longest)
+    if kind in ("default", "dynamic"):
+        return theta, None
     numbers = {ours: float(given[theirs]) for ours, theirs in ROPE_NUMBERS.items() if given.get(theirs) is not None}
     before = setting(given, original, int, setting(values, original, int, longest))
     settings = numbers | {"kind": kind} | ({} if kind == "linear" else {"original_max_position": before})
@@ -161,7 +164,7 @@ def common(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": options.rope_theta,
         "sliding_window": options.window,
         **({"use_sliding_window": options.window is not None, "max_window_layers": 0} if qwen else {}),
-        "attention_dropout": options.attention_dropout or 0.0,
+        "attention_dropout": options.attention_dropout,
         "tie_word_embeddings": options.tie_embeddings,
     }
 

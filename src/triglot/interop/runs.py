@@ -62,19 +62,20 @@ def to_run(source: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     save_checkpoint(out, step_name(0), found.config, found.model, Progress())
 
 
-def to_transformers(run: Path, out: Path, which: str = "best") -> None:
+def to_transformers(run: Path, out: Path, which: str = "best", dtype: torch.dtype = torch.float32) -> None:
     """Write a run, or a checkpoint, as a folder that transformers loads."""
     _require_new(out)
-    model, config, tokenizers = load_any(run, which)
+    model, config, tokenizers = load_any(run, which, dtype=dtype)
     shape, own = config.model, not isinstance(tokenizers.target, Foreign)
     to_marian = own and isinstance(model, Transformer) and shape.options.positions == "sinusoidal"
     files, ids = words.of_transformers(tokenizers, config, start_behind=to_marian)
     if to_marian:
         assert isinstance(model, Transformer)
         model, shape = marian.with_start_behind(model, shape, tokenizers.target.ids.start)
+        model.to(dtype)
     family, values = family_for(shape)
     out.mkdir(parents=True)
-    write_json(out / "config.json", values | ids)
+    write_json(out / "config.json", values | ids | {"dtype": str(dtype).removeprefix("torch.")})
     _write_files(out, files)
     write_tensors(out, theirs_of(model, family.links(shape)))
 
@@ -94,7 +95,8 @@ def to_ctranslate2(run: Path, out: Path, which: str = "best") -> None:
     _require_new(out)
     model, config, tokenizers = load_any(run, which)
     ids, target = tokenizers.target.ids, tokenizers.target.names
-    said = ctranslate2.Words(tokenizers.source.names, target, target[ids.start], target[ids.eos], target[0])
+    unknown = tokenizers.target.specials.get("unk_token") if isinstance(tokenizers.target, Foreign) else None
+    said = ctranslate2.Words(tokenizers.source.names, target, target[ids.start], target[ids.eos], unknown or target[0])
     ctranslate2.write(model, out, said)
     _write_files(out, words.of_ctranslate2(tokenizers, config))
 

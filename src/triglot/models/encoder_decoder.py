@@ -53,7 +53,7 @@ class EncoderDecoderRun(NamedTuple):
 
 
 class Encoder(Stack):
-    """Token ids to vectors that know their context."""
+    """Token ids to vectors that know their context; alone it keeps the initial weights that PyTorch gives its parts."""
 
     layer_type = EncoderLayer
 

@@ -1,6 +1,8 @@
 """Small tokenizers of other libraries, each in a folder as their models have them."""
 
+import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +146,40 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return of
+
+
+LINES = [
+    "The quick brown fox, the lazy dog; the the the.", "Don't go! 1984 19 84", "a small house in the old town",
+    "déjà vu — žluťoučký kůň", "Ein kleines Haus, größer als das andere.", "Der Hund und die Katze.",
+] * 40  # fmt: skip
+
+
+def sentencepieces(**options: Any) -> bytes:
+    """A vocabulary of SentencePiece, trained on LINES."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tokenizer as Marian's models have it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("marian")
+    pieces = ["</s>", "<unk>", ">>deu<<"]
+    for side, size in (("source", 120), ("target", 90)):
+        content = sentencepieces(vocab_size=size, model_type="unigram")
+        (folder / f"{side}.spm").write_bytes(content)
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        pieces += [model.id_to_piece(token) for token in range(3, model.get_piece_size())]
+    pieces = list(dict.fromkeys(pieces))
+    pieces = [*pieces[:3], *random.Random(0).sample(pieces[3:], len(pieces) - 9), "<pad>"]  # some are unknown
+    (folder / "vocab.json").write_text(json.dumps({piece: token for token, piece in enumerate(pieces)}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"source_lang": "en", "target_lang": "de"}))
+    pad = len(pieces) - 1
+    said = {"decoder_start_token_id": pad, "eos_token_id": 0, "bad_words_ids": [[pad]], "num_beams": 6}
+    (folder / "generation_config.json").write_text(json.dumps(said | {"max_length": 512, "pad_token_id": pad}))
+    return folder
