@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from triglot.models.document import load_document_weights
     from triglot.models.encoder_decoder import Decoder, Encoder, Transformer
     from triglot.tokenizer import Tokenizer
-    from triglot.training.step import train_step
+    from triglot.training.plain import train_step
 
 __all__ = [
     "BlockOptions",
@@ -64,7 +64,7 @@ _HOME = {
     "models.document": ("load_document_weights",),
     "models.encoder_decoder": ("Decoder", "Encoder", "Transformer"),
     "tokenizer": ("Tokenizer",),
-    "training.step": ("train_step",),
+    "training.plain": ("train_step",),
 }
 
 

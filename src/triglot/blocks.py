@@ -56,7 +56,7 @@ def options_of_layer(options: BlockOptions, layer: int, side: Literal["encoder",
 def make_feed_forward(
     d_model: int, d_ff: int, dropout: float, options: BlockOptions
 ) -> PointwiseFeedForward | MixtureOfExperts:
-    """The one place where dense or experts is decided."""
+    """Dense, or experts where the options of this layer (`options_of_layer`) have left them."""
     inner_dropout = dropout if options.activation_dropout is None else options.activation_dropout
     experts = options.experts
     if experts is None:

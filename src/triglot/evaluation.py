@@ -1,4 +1,7 @@
-"""How good a run is: nats, bits per byte, BLEU (Papineni et al. 2002), chrF (Popović 2015) and exact match."""
+"""How good a run is: nats, bits per byte, BLEU (Papineni et al. 2002), chrF (Popović 2015) and exact match.
+
+Losses are those of `objective.score_batches`, which leaves the state of random numbers as it was.
+"""
 
 import dataclasses
 import math

@@ -1,7 +1,7 @@
 """A module and its optimizer as one process or several train them: alone, replicated (DDP) or sharded (FSDP2).
 
 DDP is described by Li et al. 2020, FSDP by Zhao et al. 2023. Both average gradients over the processes: a loss that is
-to be summed is to be scaled by their number.
+to be summed is to be scaled by their number, as `Trainer.gradients` does.
 """
 
 import copy

@@ -130,14 +130,14 @@ def score_texts(
     prompts = [""] * len(texts) if prompts is None else prompts
     _require_as_many("prompts", prompts, len(texts))
     ids = [one + [tokenizer.ids.eos] * end for one in tokenizer.encode_batch(texts)]
-    rows, owners, results, window = [], [], [], model.max_len
+    rows, owners, results, longest = [], [], [], model.max_len
     for number, (before, text) in enumerate(zip(prompt_ids(config, tokenizer, prompts), ids, strict=True)):
         read = len(before) + len(text) - 1
-        results.append(TextScore(text, tokenizer.pieces(text), [], truncated=read > window))
-        rule = f'at most {window} tokens long with its prompt (the context; past_context "windows" goes beyond)'
-        require(read <= window or past_context == "windows", f"text {first + number}", rule, read, DataError)
+        results.append(TextScore(text, tokenizer.pieces(text), [], truncated=read > longest))
+        rule = f'at most {longest} tokens long with its prompt (the context; past_context "windows" goes beyond)'
+        require(read <= longest or past_context == "windows", f"text {first + number}", rule, read, DataError)
         inputs, wanted = (before + text)[:-1], [IGNORED] * (len(before) - 1) + text
-        pieces = [Row(inputs[at : at + window], wanted[at : at + window]) for at in range(0, read, window)]
+        pieces = [Row(inputs[at : at + longest], wanted[at : at + longest]) for at in range(0, read, longest)]
         pieces = [piece for piece in pieces if set(piece.targets) != {IGNORED}]
         rows += pieces
         owners += [number] * len(pieces)

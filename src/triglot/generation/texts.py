@@ -60,10 +60,10 @@ class Draft:
             return "end"
         return "limit" if len(self.ids) >= self.limit else None
 
-    def context(self, window: int) -> list[int]:
-        """What the model reads: all, or the last half of the window once that is full."""
-        if len(self._read) >= window:
-            self._read = self._read[-(window // 2) :]
+    def context(self, longest: int) -> list[int]:
+        """What the model reads: all, or the last half of the context once that is full."""
+        if len(self._read) >= longest:
+            self._read = self._read[-(longest // 2) :]
         return self._read
 
     def result(self, *, alternatives: bool) -> Generation:
@@ -124,13 +124,13 @@ def _contexts(ready: Ready, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 def _limit(ready: Ready, number: int, length: int, how: Sampling) -> int:
     """How many tokens may follow prompt `number`, of so many tokens."""
-    window = ready.writer.max_len
-    require(window >= 2, "max_seq_length", "at least 2 to generate", window, ConfigError)
+    longest = ready.writer.max_len
+    require(longest >= 2, "max_seq_length", "at least 2 to generate", longest, ConfigError)
     limit = how.max_new_tokens or ready.config.generation.max_new_tokens
     if how.past_context == "slide":
         return limit
-    room, beyond = window - length, f'(the context is {window}; past_context "slide" goes on beyond)'
-    rule = f"at most {window - 1} tokens long {beyond}"
+    room, beyond = longest - length, f'(the context is {longest}; past_context "slide" goes on beyond)'
+    rule = f"at most {longest - 1} tokens long {beyond}"
     require(room >= 1, f"prompt {number}", rule, length, ConfigError)
     rule = f"at most {room} after the {length} tokens of prompt {number} {beyond}"
     require(how.max_new_tokens is None or limit <= room, "max_new_tokens", rule, limit, ConfigError)
@@ -139,8 +139,8 @@ def _limit(ready: Ready, number: int, length: int, how: Sampling) -> int:
 
 def write_all(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> None:
     """Write each text to its end, as many together as memory is meant for."""
-    window = ready.writer.max_len
-    for numbers in batches([min(len(one.context(window)) + one.limit, window) for one in drafts]):
+    longest = ready.writer.max_len
+    for numbers in batches([min(len(one.context(longest)) + one.limit, longest) for one in drafts]):
         own = [Within(rule, numbers) for rule in rules]
         for _ in write(ready, [drafts[number] for number in numbers], how, own):
             pass
@@ -149,11 +149,11 @@ def write_all(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Seque
 @torch.inference_mode()
 def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> Iterator[str]:
     """Write texts to their ends, side by side; pieces of text as they come, some of them empty."""
-    window = ready.writer.max_len
+    longest = ready.writer.max_len
     while numbers := [number for number, one in enumerate(drafts) if one.ended is None]:
         live = [drafts[number] for number in numbers]
-        contexts = [list(one.context(window)) for one in live]
-        limits = [min(one.limit - len(one.ids), window - len(ids)) for one, ids in zip(live, contexts, strict=True)]
+        contexts = [list(one.context(longest)) for one in live]
+        limits = [min(one.limit - len(one.ids), longest - len(ids)) for one, ids in zip(live, contexts, strict=True)]
         before = [list(one.ids) for one in live]
         first, steps = _start(ready, contexts, limits)
         stopped = set[int]()

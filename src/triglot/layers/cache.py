@@ -24,7 +24,7 @@ class LayerCache:
 
 
 class MemoryCache:
-    """Keys and values of a memory that does not change: projected at the first step, reused at every later one."""
+    """Keys and values of cross-attention, to a memory that does not change: projected once, reused at every later step."""
 
     def __init__(self) -> None:
         self.held: tuple[Heads, Heads] | None = None
