@@ -1,8 +1,9 @@
 """What changes logits before a token is chosen: bans, penalties, biases and forced beginnings.
 
 Rules work on logits, before the softmax, so that what they leave is a distribution again; searches apply them in the
-order in which they are given, which for generated texts is that of `generation.options`. What is −∞ already (banned ids, columns that fill the vocabulary up) stays −∞. Rules may
-leave a row without any token: the search decides what that means.
+order in which they are given, which for generated texts is that of `generation.options`. What is −∞ already (banned
+ids, columns that fill the vocabulary up) stays −∞. Rules may leave a row without any token: the search decides what
+that means.
 """
 
 import math

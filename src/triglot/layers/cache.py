@@ -24,7 +24,7 @@ class LayerCache:
 
 
 class MemoryCache:
-    """Keys and values of cross-attention, to a memory that does not change: projected once, reused at every later step."""
+    """Keys and values of cross-attention, to a memory that does not change: projected once, reused at every step."""
 
     def __init__(self) -> None:
         self.held: tuple[Heads, Heads] | None = None
