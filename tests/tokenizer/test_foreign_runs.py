@@ -103,7 +103,7 @@ def test_a_conversation_is_answered_as_its_text_is_gone_on_from(family, tmp_path
     assert chat == mixed == engine.generate([CHAT], **how)[0]
     assert chat != other
     assert "".join(engine.stream(CHAT, **how)) == chat.text
-    with pytest.raises(ConfigError, match="`prompts` must be a list of texts"):
+    with pytest.raises(ConfigError, match=r"`prompts\[0\]` must be a text or a list"):
         engine.generate(CHAT)
     with pytest.raises(ConfigError, match="`messages` must be one message or more"):
         engine.generate([["hello"]])
