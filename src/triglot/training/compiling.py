@@ -12,8 +12,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Train through compiled blocks from here on; equal blocks share what is compiled.
 
     A block at a time it takes seconds, not minutes. Evaluation stays as it is: with its caches no two calls are of one
-    shape. The environment variable TORCH_COMPILE_DISABLE=1 turns it off. On processors it does not pay
-    (docs/experiments.md).
+    shape. The environment variable TORCH_COMPILE_DISABLE=1 turns it off. On processors it does not pay.
     """
     for block in model.modules():
         if isinstance(block, Block):
