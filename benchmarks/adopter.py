@@ -54,7 +54,7 @@ def trained(imported: Path, text: Path, out: Path, steps: int) -> float:
     config = load_model(imported).config
     run = RunConfig(
         model=config.model,
-        data=DataConfig(kind="text", files=(str(text),), valid=0.05),
+        data=DataConfig(kind="text", files=(str(text),), valid=0.05, hold_out="tail"),
         train=TrainConfig(
             max_steps=steps,
             warmup_steps=min(5, steps),
