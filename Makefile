@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=triglot,beartype.beartype
 
-.PHONY: demo docs install test test-slow lint format clean
+.PHONY: demo docs install browser test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,7 +35,11 @@ docs: install
 test: lint
 	$(PYTEST) -n 2 -m "not slow"
 
-test-slow: install
+browser: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt playwright
+	command -v chromium || apt-get install -y -q chromium || $(BIN)/playwright install chromium
+
+test-slow: browser
 	$(PYTEST) -m slow
 
 format: install
