@@ -399,6 +399,8 @@ def test_only_much_work_is_shared_among_processes_by_itself(folder, tmp_path, mo
     monkeypatch.setattr("triglot.generation.files.ENOUGH", 1)
     assert isinstance(invoke(*how).exception, ZeroDivisionError)
     assert succeed(*how, "--workers", 1) == alone
+    said = refuse("translate", folder / "writer", lines, "--device", "cpu")
+    assert "`the model of the run` must be one that translates" in said
 
 
 def test_alternatives_are_told_line_by_line(folder):

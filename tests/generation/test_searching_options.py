@@ -268,7 +268,6 @@ def test_several_processes_find_what_one_does(folder, run):
         assert several.translate([]) == []
     finally:
         several.close()
-    assert several.translate(LINES, **how) == run.translate(LINES, **how)  # by itself
 
 
 def test_shares_of_workers_know_their_own_requests(translator, monkeypatch):

@@ -217,18 +217,17 @@ def translate(
         left_out("without --json", alignments=alignments)
     lines, where = lines_of(None if file == "-" else Path(file)), device_of(device)
     asked = file == "-" and sys.stdin.isatty()
-    most = workers or (_cores() if where == "cpu" and not asked else 1)
-    engine = load(run, which=which, device=where, precision=precision.value, workers=most)
-    if workers is None and most > 1:
+    engine = load(run, which=which, device=where, precision=precision.value, workers=workers)
+    if workers is None and where == "cpu" and not asked and _cores() > 1:
         enough, lines = pays(engine, lines, beam or engine.config.generation.beam)
-        if not enough:
-            engine.close()
-            most = 1
+        if enough:
+            workers = _cores()
+            engine = load(run, which=which, device=where, precision=precision.value, workers=workers)
     results = translate_lines(
         engine,
         lines,
         prefixes=None if prefixes is None else lines_of(prefixes),
-        chunk=1 if asked else CHUNK * most,
+        chunk=1 if asked else CHUNK * (workers or 1),
         beam=beam,
         nbest=nbest,
         length_penalty=length_penalty,

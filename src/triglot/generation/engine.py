@@ -89,10 +89,9 @@ class Engine:
         return self._ready.multiplies_in
 
     def close(self) -> None:
-        """End the processes that translate, which otherwise end with the program; from here on this one does."""
+        """End the processes that translate, which otherwise end with the program."""
         if self._workers is not None:
             self._workers.pool.shutdown(cancel_futures=True)
-        self._find, self._workers = partial(sentences.search_all, self._ready), None
 
     @typed
     def translate(
