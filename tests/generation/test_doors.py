@@ -108,7 +108,7 @@ def test_what_is_of_another_type_is_refused_in_words(writer, translator, call, m
         ("translator", {"dtype": "fp16"}, "`dtype` must be a torch.dtype or None, but is 'fp16'"),
         ("translator", {"draft": "a"}, "`draft` must be left out for a run that translates, but is 'a'"),
         ("writer", {"draft": 5}, "`draft` must be a text, a path or None, but is 5"),
-        ("writer", {"workers": 2}, "`workers` must be left out for a run that goes on from texts, but is 2"),
+        ("writer", {"workers": 2}, "`the model of the run` must be one that translates, for `workers` to share in"),
     ],
 )
 def test_what_a_run_can_not_be_loaded_with_is_refused(runs, kind, options, message):

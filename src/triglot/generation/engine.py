@@ -51,8 +51,8 @@ def load(
         precision, dtype = "fp32", torch.bfloat16
     model, config, tokenizers = load_any(Path(run), which, where, dtype)
     pairs, pool = config.model.kind == "encoder_decoder", None
-    rule = "left out for a run that goes on from texts"
-    require(pairs or workers in (None, 1), "workers", rule, workers, ConfigError)
+    rule = "one that translates, for `workers` to share in"
+    require(pairs or workers in (None, 1), "the model of the run", rule, config.model.kind, ConfigError)
     require(not pairs or draft is None, "draft", "left out for a run that translates", draft, ConfigError)
     if workers is not None and workers != 1:
         fits = on_processor and dtype in (None, torch.float32)
