@@ -16,6 +16,8 @@ from triglot.models.decoder_only import DecoderLLM
 
 THREADS = 2
 
+logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it tells of every tensor
+
 Texts = Callable[[], list[list[int]]]
 """Greedy texts after the prompts, all of one length."""
 
@@ -24,7 +26,6 @@ def llama_cpp(file: Path, prompts: list[list[int]], new: int, flash: bool) -> Te
     """llama.cpp's, through its interface in C: each step is one batch of all texts."""
     import llama_cpp as api
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     length = len(prompts[0])
     settings = api.llama_context_default_params()
     settings.n_ctx, settings.n_seq_max = len(prompts) * (length + new), len(prompts)

@@ -208,3 +208,10 @@ def test_recipes_of_all_routers_survive_their_way_through_json():
         side = "encoder" if router == "expert_choice" else "both"
         options = ExpertOptions(num_experts=4, router=router, side=side)
         assert from_dict(ExpertOptions, json.loads(json.dumps(to_dict(options)))) == options
+
+
+def test_a_dense_run_is_not_gone_on_from_with_experts_before_it_is_upcycled(folder, tmp_path):
+    experts = {"options": {"experts": {"num_experts": 4}}}
+    config = recipe(folder, "decoder_only", model=experts, init={"from": str(folder / "decoder_only")})
+    with pytest.raises(ConfigError, match="such as `triglot upcycle` makes of a dense one"):
+        train(config, tmp_path / "run", device="cpu")

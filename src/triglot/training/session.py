@@ -319,6 +319,9 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
     path = Path(config.init.from_)
     require((path / "config.json").is_file(), "init.from", "a run's folder", config.init.from_, ConfigError)
     initial = stored_config(path, None)
+    dense = initial.model.options.experts is None and config.model.options.experts is not None
+    rule = "a run with experts, such as `triglot upcycle` makes of a dense one"
+    require(not dense, "init.from", rule, config.init.from_, ConfigError)
     here, there = flat(to_dict(config.model)), flat(to_dict(initial.model))
     rates = ("dropout", *(f"options.{kind}_dropout" for kind in ("attention", "activation", "embedding")))
     learning = [f"options.experts.{name}" for name in LEARNING]
