@@ -16,6 +16,8 @@ from triglot.models.decoder_only import DecoderLLM
 
 THREADS = 2
 
+logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it tells of every tensor
+
 Texts = Callable[[], list[list[int]]]
 """Greedy texts after the prompts, all of one length."""
 
@@ -24,7 +26,6 @@ def llama_cpp(file: Path, prompts: list[list[int]], new: int, flash: bool) -> Te
     """llama.cpp's, through its interface in C: each step is one batch of all texts."""
     import llama_cpp as api
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     length = len(prompts[0])
     settings = api.llama_context_default_params()
     settings.n_ctx, settings.n_seq_max = len(prompts) * (length + new), len(prompts)
@@ -85,8 +86,8 @@ def openvino(folder: Path, prompts: list[list[int]], new: int, backend: str) -> 
 def openvino_folder(model: DecoderLLM, folder: Path, precision: str) -> Path:
     """A model of Llama's kind in as many bits as ours: by channel, or in groups of 64 numbers with 8 bits for logits.
 
-    OpenVINO GenAI makes its graph of a GGUF file, and makes none of GPT-2's kind; by NNCF it is faster than in the
-    blocks of GGUF.
+    OpenVINO GenAI makes its graph of a GGUF file, and makes none of GPT-2's kind; NNCF is what compresses OpenVINO's
+    models elsewhere, too.
     """
     import nncf
     import openvino as api
