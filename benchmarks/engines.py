@@ -86,8 +86,8 @@ def openvino(folder: Path, prompts: list[list[int]], new: int, backend: str) -> 
 def openvino_folder(model: DecoderLLM, folder: Path, precision: str) -> Path:
     """A model of Llama's kind in as many bits as ours: by channel, or in groups of 64 numbers with 8 bits for logits.
 
-    OpenVINO GenAI makes its graph of a GGUF file, and makes none of GPT-2's kind; by NNCF it is faster than in the
-    blocks of GGUF.
+    OpenVINO GenAI makes its graph of a GGUF file, and makes none of GPT-2's kind; NNCF is what compresses OpenVINO's
+    models elsewhere, too.
     """
     import nncf
     import openvino as api
