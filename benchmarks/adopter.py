@@ -59,10 +59,11 @@ def trained(imported: Path, text: Path, out: Path, steps: int) -> float:
             max_steps=steps,
             warmup_steps=min(5, steps),
             learning_rate=3e-5 if steps > 1 else 1e-12,
-            batch_tokens=1024,
+            batch_tokens=512,
             context=256,
             eval_every=steps,
             samples=0,
+            precision="bf16",
         ),
         init=InitConfig(from_=str(imported)),
     )
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     began = time.perf_counter()

@@ -339,6 +339,7 @@ def test_an_override_sets_what_its_path_names(recipe, override, path, value):
 def test_a_recipe_without_a_model_has_that_of_the_run_it_starts_from(recipe, tmp_path):
     before = load_recipe(recipe)
     write_json(tmp_path / "config.json", to_dict(before))
+    (tmp_path / "checkpoints").mkdir()
     (tmp_path / "more.toml").write_text(f'[data]\nkind = "{before.data.kind}"\nfiles = ["x"]\n', encoding="utf-8")
     init = f"init.from={tmp_path}"
     assert load_recipe(tmp_path / "more.toml", (init,)).model == before.model

@@ -124,7 +124,8 @@ def _with_model_of_init(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(init, dict) or not isinstance(init.get("from"), str) or "kind" in model:
         return values
     path = Path(init["from"]) / "config.json"
-    _require(path.is_file(), "init.from", "a run's folder", init["from"])
+    rule = "a run's folder (`triglot convert` makes one of another library's checkpoint)"
+    _require(path.is_file() and path.with_name("checkpoints").is_dir(), "init.from", rule, init["from"])
     return values | {"model": merged(to_dict(load_config(path).model), model)}
 
 

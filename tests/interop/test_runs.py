@@ -1,6 +1,7 @@
 """Whoever has a checkpoint comes in, trains on, and leaves again for where the model is served."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from triglot.cli import app  # noqa: E402
 from triglot.config import (  # noqa: E402
     BlockOptions,
     DataConfig,
+    ExpertOptions,
     InitConfig,
     ModelConfig,
     RunConfig,
@@ -24,8 +26,10 @@ from triglot.config import (  # noqa: E402
 from triglot.errors import CheckpointError, ConfigError  # noqa: E402
 from triglot.evaluation import evaluate  # noqa: E402
 from triglot.generation.engine import load  # noqa: E402
+from triglot.interop.gguf import read as read_gguf  # noqa: E402
 from triglot.interop.runs import to_ctranslate2, to_gguf, to_run, to_transformers  # noqa: E402
 from triglot.training.session import train  # noqa: E402
+from triglot.upcycling import upcycle  # noqa: E402
 
 TEXT = "the quick brown dog\nein Satz, ein Wort; der Hund und die Katze\n" * 40
 LLAMA = {
@@ -207,6 +211,8 @@ def test_a_writer_goes_to_gguf_with_its_words(name, numbers, family, tmp_path):
     before = load(folder)
     to_gguf(folder, tmp_path / "model.gguf", numbers)
     after = load(tmp_path / "model.gguf")
+    cuts = {"llama3": "llama-bpe", "qwen": "qwen2"}[name]
+    assert read_gguf(tmp_path / "model.gguf").values["tokenizer.ggml.pre"] == cuts  # which llama.cpp goes by
     for text in ("the dog, 1984", "<|im_end|>x", "déjà vu", "你好 🙂\r\n\n  x"):
         assert after.tokenizers.target.encode_whole([text]) == before.tokenizers.target.encode_whole([text])
     assert after.tokenizers.target.ids.ends[0] == before.tokenizers.target.ids.ends[0]
@@ -307,6 +313,40 @@ def test_ctranslate2_writes_the_same(name, family, tmp_path):
     assert [tokenizer.decode(one.sequences_ids[0]) for one in found] == expected
 
 
-def test_what_a_decoder_is_not_is_refused(trained, tmp_path):
+def test_what_llama_cpp_has_not_is_refused_by_name(trained, family, tmp_path):
     with pytest.raises(ConfigError, match="decoder_only for GGUF"):
         to_gguf(trained[0], tmp_path / "a.gguf", "F32")
+    folder = checkpoint_of("gpt2", family, tmp_path / "gpt2")
+    with pytest.raises(CheckpointError, match="one of llama, qwen2, qwen3, but is 'gpt2'"):
+        to_gguf(folder, tmp_path / "a.gguf", "F32")
+    dense = checkpoint_of("llama3", family, tmp_path / "llama")
+    to_run(dense, tmp_path / "run")
+    upcycle(tmp_path / "run", tmp_path / "experts", ExpertOptions(num_experts=4))
+    with pytest.raises(CheckpointError, match="but is 'mixtral'"):
+        to_gguf(tmp_path / "experts", tmp_path / "a.gguf", "F32")
+    assert not (tmp_path / "a.gguf").exists()
+    to_transformers(tmp_path / "experts", tmp_path / "mixtral")
+    assert continued(tmp_path / "mixtral") == continued(dense)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{tmp}/none", "{tmp}/new"], "a folder of transformers with config.json"),
+        (["{tmp}/run", "{tmp}/new"], "`SRC` must be no run"),
+        (["{tmp}/llama", "{tmp}/new", "--checkpoint", "last"], "`--checkpoint` must be left out"),
+        (["{tmp}/llama", "{tmp}/new.gguf"], "`DST` must be a name that ends in .gguf with --to gguf"),
+        (["{tmp}/llama", "{tmp}/new", "--to", "gguf"], "`DST` must be a name that ends in .gguf with --to gguf"),
+        (["{tmp}/classifier", "{tmp}/new"], "`architectures` must be"),
+    ],
+)
+def test_what_can_not_be_converted_is_told(words, told, family, tmp_path):
+    folder = checkpoint_of("llama3", family, tmp_path / "llama")
+    to_run(folder, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "classifier")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "classifier" / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    done = CliRunner().invoke(app, ["convert", *(word.format(tmp=tmp_path) for word in words)])
+    assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+    assert not list(tmp_path.glob("new*"))

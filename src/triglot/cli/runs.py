@@ -265,6 +265,12 @@ def convert(
     require(numbers is None or to == To.gguf, "--numbers", "left out unless --to gguf", numbers, ConfigError)
     typed = to in (To.triglot, To.hf)
     require(dtype is None or typed, "--dtype", "left out unless --to triglot or hf", dtype, ConfigError)
+    named = out.suffix == ".gguf"
+    require(
+        named == (to == To.gguf), "DST", "a name that ends in .gguf with --to gguf, and no other", str(out), ConfigError
+    )
+    rule = "left out with --to triglot: another library's checkpoint is one alone"
+    require(which == "best" or to != To.triglot, "--checkpoint", rule, which, ConfigError)
     kind: torch.dtype = getattr(torch, dtype or Dtype.float32)
     if from_hub:
         source = hub.checkpoint(source.as_posix())

@@ -25,8 +25,15 @@ FAMILIES: dict[str, Family] = {
     "bart": bart.FAMILY,
     "t5": t5.FAMILY,
 }
-LEARNING = ("dropout", "options.attention_dropout", "options.activation_dropout", "options.embedding_dropout")
+LEARNING = (
+    "dropout",
+    *(f"options.{name}_dropout" for name in ("attention", "activation", "embedding")),
+    *(f"options.experts.{name}_weight" for name in ("balance", "z", "importance")),
+    *(f"options.experts.{name}" for name in ("noise", "bias_rate")),
+)
 """Settings that change learning and not what a model computes."""
+HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "Model")
+"""How classes are called that tell the next token, and those without a head, whose head is the embedding."""
 RUNS_CODE = ("auto_map", "custom_pipelines")
 Model = Transformer | DecoderLLM
 
@@ -69,6 +76,9 @@ def config_of(values: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     kind = values.get("model_type")
     known = isinstance(kind, str) and kind in FAMILIES
     require_file(known, "model_type", f"one of {', '.join(FAMILIES)}", kind)
+    heads = values.get("architectures") or [HEADS[0]]
+    fits = isinstance(heads, list) and any(str(one).endswith(HEADS) for one in heads)
+    require_file(fits, "architectures", f"one that ends in {', '.join(HEADS)}", heads)
     family = FAMILIES[str(kind)]
     return family, family.read(values)
 
@@ -111,6 +121,8 @@ def settled(config: ModelConfig) -> dict[str, Any]:
         "output_bias": not only,
         "final_norm": only or config.options.norm_order == "pre",
     }
+    if config.options.experts is not None:
+        left_out |= {"experts.d_ff": config.d_ff, "experts.renormalize": config.options.experts.top_k > 1}
     for name, value in left_out.items():
         if values[f"options.{name}"] is None:
             values[f"options.{name}"] = value

@@ -4,6 +4,7 @@ Post- and pre-norm, sinusoids, learned and rotary positions, ReLU, GELU and SwiG
 """
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,9 +49,9 @@ def write(model: Transformer | DecoderLLM, folder: Path, words: Words) -> None:
     from ctranslate2.specs import transformer_spec
 
     for name, value in SAME.items():
-        require_file(
-            getattr(model.options, name) == value, f"options.{name}", repr(value), getattr(model.options, name)
-        )
+        found = getattr(model.options, name)
+        told = type(found).__name__ if is_dataclass(found) else found
+        require_file(found == value, f"options.{name}", f"{value!r} for CTranslate2", told)
     stack = model.decoder if isinstance(model, Transformer) else model
     first: Any = stack.layers[0]
     equal = stack.d_model // first.self_attention.num_heads

@@ -6,7 +6,7 @@ import torch
 
 from triglot.checkpoint import Loaded, Progress, load_model, save_checkpoint, step_name
 from triglot.config import DataConfig, RunConfig, TrainConfig
-from triglot.errors import ConfigError, require
+from triglot.errors import CheckpointError, ConfigError, require
 from triglot.files import replacing, write_bytes, write_json
 from triglot.interop import ctranslate2, gguf, marian, words
 from triglot.interop.convert import family_for, read_model
@@ -31,6 +31,8 @@ def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> Loaded:
 
     Raises CheckpointError for what does not fit or is damaged.
     """
+    rule = "a run, a folder of transformers with config.json, a GGUF file or a .bin of llama2.c"
+    require(path.is_file() or (path / "config.json").is_file(), "the checkpoint", rule, str(path), CheckpointError)
     model, config = read_model(path, dtype)
     tokenizers = Tokenizers.from_gguf(gguf.read(path).values, path) if path.suffix == ".gguf" else Tokenizers.load(path)
     train = TrainConfig(context=min(TrainConfig.context, config.max_seq_length))
@@ -44,6 +46,7 @@ def load_any(
     """The model of a run's checkpoint `which`, or of another library's checkpoint."""
     if not is_foreign(path):
         return load_model(path, which, device, dtype)
+    require(which == "best", "which", "left out for another library's checkpoint", which, ConfigError)
     found = load_foreign(path, torch.float32 if dtype is None else dtype)
     return found._replace(model=found.model.to(device))
 
@@ -55,6 +58,9 @@ def _require_new(out: Path) -> None:
 def to_run(source: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint as a run without steps, to be used, measured, or trained on from as `init.from`."""
     _require_new(out)
+    require(
+        not (source / "checkpoints").is_dir(), "SRC", "no run, since it would be one again", str(source), ConfigError
+    )
     found = load_foreign(source, dtype)
     out.mkdir(parents=True)
     found.tokenizers.save(out)
@@ -86,6 +92,9 @@ def to_gguf(run: Path, out: Path, numbers: str, which: str = "best") -> None:
     model, config, tokenizers = load_any(run, which)
     require(config.model.kind == "decoder_only", "model.kind", "decoder_only for GGUF", config.model.kind, ConfigError)
     assert isinstance(model, DecoderLLM)
+    kind, known = family_for(config.model)[1]["model_type"], ", ".join(gguf.ARCHITECTURES)
+    require(kind in gguf.ARCHITECTURES, "a model for GGUF", f"one of {known}", kind, CheckpointError)
+    require(not config.model.options.bias, "options.bias", "false for GGUF", True, CheckpointError)
     with replacing(out) as partial:
         gguf.write(partial, model, config.model, numbers, words.of_gguf(tokenizers, config))
 

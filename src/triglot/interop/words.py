@@ -10,11 +10,13 @@ from triglot.files import as_json
 from triglot.tokenizer import Tokenizer, Tokenizers
 from triglot.tokenizer.files import GENERATION, Files
 from triglot.tokenizer.foreign import Foreign, FromLibrary
-from triglot.tokenizer.gguf import NAMED, TYPES, WORDS, files_of
+from triglot.tokenizer.gguf import NAMED, TYPES, files_of
 
 START, UNKNOWN = "<pad>", "<unk>"
 """What Marian calls the id that its decoder begins with, and one that no text has."""
-PROBE = "The end of 1984's 30 days: (x_1 + y) -- don't “quote” it…\n\n\tÜber žluťoučký, 你好!  \r\n`a`"
+WRITTEN = ("smollm", "gpt-2", "llama-bpe", "qwen2", "tekken")
+"""Ways of cutting a text that llama.cpp knows by these names."""
+PROBE = "The end of 1984's 30 days, I'm DON'T: (x_1 + y) -- don't “quote” it…\n\n\tÜber žluťoučký, 你好!  \r\n`a`"
 """What tells the ways of cutting a text apart."""
 
 
@@ -101,14 +103,20 @@ def of_gguf(tokenizers: Tokenizers, config: RunConfig) -> dict[str, Any]:
     common |= {"bos_token_id": target.ids.start, "eos_token_id": target.ids.eos, "add_bos_token": begins}
     common |= {"eot_token_id": target.ids.ends[1]} if len(target.ids.ends) > 1 else {}
     ways = [_pieces(values, target, common["tokens"])] if values["model"].get("byte_fallback") else _byte_level(values)
-    for way in ways:
-        metadata = {f"tokenizer.ggml.{key}": value for key, value in (common | way).items()}
-        if isinstance(target, Foreign) and target.settings.chat_template is not None:
-            metadata["tokenizer.chat_template"] = target.settings.chat_template
-        if FromLibrary(files_of(metadata)).encode(PROBE) == target.encode(PROBE):
-            return metadata
-    rule = f"one that cuts texts as llama.cpp can ({', '.join(filter(None, WORDS))}, or SentencePiece)"
-    raise CheckpointError(f"`the tokenizer` must be {rule}, but is another instead.")
+    found = [_metadata(target, common | way) for way in ways]
+    read = [FromLibrary(files_of(one)) for one in found]
+    fitting = [place for place, one in enumerate(read) if one.encode(PROBE) == target.encode(PROBE)]
+    rule = f"one that cuts texts as llama.cpp can ({', '.join(WRITTEN)}, or SentencePiece)"
+    require(bool(fitting), "the tokenizer", rule, target.kind, CheckpointError)
+    cuts = values.get("pre_tokenizer")
+    same = [place for place in fitting if json.loads(read[place].as_json())["pre_tokenizer"] == cuts]
+    return found[(same or fitting)[0]]
+
+
+def _metadata(tokenizer: Tokenizer, about: Mapping[str, Any]) -> dict[str, Any]:
+    template = tokenizer.settings.chat_template if isinstance(tokenizer, Foreign) else None
+    chat = {} if template is None else {"tokenizer.chat_template": template}
+    return {f"tokenizer.ggml.{key}": value for key, value in about.items()} | chat
 
 
 def _common(values: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def _common(values: Mapping[str, Any], size: int) -> dict[str, Any]:
 def _byte_level(values: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     """Byte-level BPE with each way of cutting a text into words."""
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
-    return [{"model": "gpt2", "merges": merges, "pre": pre} for pre in WORDS if pre is not None]
+    return [{"model": "gpt2", "merges": merges, "pre": pre} for pre in WRITTEN]
 
 
 def _pieces(values: Mapping[str, Any], tokenizer: Tokenizer, tokens: Sequence[str]) -> dict[str, Any]:

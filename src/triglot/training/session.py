@@ -317,7 +317,9 @@ def with_tokenizer_of_init(config: RunConfig) -> RunConfig:
     if config.init.from_ is None:
         return config
     path = Path(config.init.from_)
-    require((path / "config.json").is_file(), "init.from", "a run's folder", config.init.from_, ConfigError)
+    is_run = (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+    rule = "a run's folder (`triglot convert` makes one of another library's checkpoint)"
+    require(is_run, "init.from", rule, config.init.from_, ConfigError)
     initial = stored_config(path, None)
     dense = initial.model.options.experts is None and config.model.options.experts is not None
     rule = "a run with experts, such as `triglot upcycle` makes of a dense one"
