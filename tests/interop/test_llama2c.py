@@ -1,6 +1,7 @@
 """llama2.c's files: its own model tells here the story that it tells there."""
 
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from triglot.errors import CheckpointError
+from triglot.generation.engine import load
 from triglot.interop import llama2c
 from triglot.interop.convert import read_model
+from triglot.interop.runs import to_run
 
 HEADER = (8, 12, 1, 2, 1, 20, 6)
 
@@ -26,6 +29,19 @@ def test_greedy_text_is_the_published_one():
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
         " a big, red ball. She wanted to play with it, but it was too high."
     )
+
+
+@pytest.mark.skipif("TRIGLOT_DATA" not in os.environ, reason="TRIGLOT_DATA does not name the data folder")
+def test_it_goes_on_from_a_text_with_the_tokenizer_beside_it(tmp_path):
+    pytest.importorskip("sentencepiece")
+    folder = Path(os.environ["TRIGLOT_DATA"]) / "models" / "stories260K"
+    [found] = load(folder / "stories260K.bin").generate(["Once upon"], temperature=0.0, max_new_tokens=20)
+    assert found.text.startswith(" a time, there was a little girl named Lily.")
+    to_run(folder / "stories260K.bin", tmp_path / "run")
+    assert load(tmp_path / "run").generate(["Once upon"], temperature=0.0, max_new_tokens=20) == [found]
+    shutil.copy(folder / "stories260K.bin", tmp_path / "alone.bin")
+    with pytest.raises(CheckpointError, match="one .model of SentencePiece in its folder"):
+        load(tmp_path / "alone.bin")
 
 
 def size_of(header: tuple[int, ...]) -> int:

@@ -105,8 +105,10 @@ def test_a_conversation_is_answered_as_its_text_is_gone_on_from(family, tmp_path
     assert "".join(engine.stream(CHAT, **how)) == chat.text
     with pytest.raises(ConfigError, match=r"`prompts\[0\]` must be a text or a list"):
         engine.generate(CHAT)
-    with pytest.raises(ConfigError, match="`messages` must be one message or more"):
+    with pytest.raises(ConfigError, match=r"`prompts\[0\]\[0\]` must be a dict"):
         engine.generate([["hello"]])
+    with pytest.raises(ConfigError, match="`messages` must be one message or more"):
+        engine.generate([[{"content": "hello"}]])
 
 
 def test_the_command_line_says_and_shows_a_conversation(family, tmp_path):

@@ -13,10 +13,10 @@ from triglot.tokenizer import Tokenizer
 class StoppingStream:
     """`Tokenizer.stream()` up to a stop string; what may be the beginning of one is held back until it is none."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), after: Sequence[int] = ()) -> None:
         require(not isinstance(stops, str), "stops", "a list of texts", stops, ConfigError)
         require("" not in stops, "stops", "texts of at least one character", stops, ConfigError)
-        self._text, self._stops, self._held = tokenizer.stream(), tuple(stops), ""
+        self._text, self._stops, self._held = tokenizer.stream(after), tuple(stops), ""
         self._longest = max(map(len, stops), default=0)
         self.stop: str | None = None
         """The stop string that ended the text."""

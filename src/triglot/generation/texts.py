@@ -104,7 +104,7 @@ def drafts_of(ready: Ready, prompts: Sequence[Prompt], how: Sampling) -> tuple[l
     contexts = [ids for ids in contexts for _ in range(how.n)]
     tokenizer, seeds = ready.tokenizers.target, how.seeds(len(contexts))
     drafts = [
-        Draft(1 + place // how.n, ids, limit, seed, StoppingStream(tokenizer, how.stop), tokenizer.ids)
+        Draft(1 + place // how.n, ids, limit, seed, StoppingStream(tokenizer, how.stop, ids), tokenizer.ids)
         for place, (ids, limit, seed) in enumerate(zip(contexts, limits, seeds, strict=True))
     ]
     return drafts, how.rules(tokenizer, contexts)

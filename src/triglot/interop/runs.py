@@ -34,10 +34,21 @@ def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> Loaded:
     rule = "a run, a folder of transformers with config.json, a GGUF file or a .bin of llama2.c"
     require(path.is_file() or (path / "config.json").is_file(), "the checkpoint", rule, str(path), CheckpointError)
     model, config = read_model(path, dtype)
-    tokenizers = Tokenizers.from_gguf(gguf.read(path).values, path) if path.suffix == ".gguf" else Tokenizers.load(path)
+    tokenizers = _tokenizers(path)
     train = TrainConfig(context=min(TrainConfig.context, config.max_seq_length))
     run = RunConfig(model=config, data=DataConfig(kind="none"), train=train, generation=tokenizers.generation)
     return Loaded(model, run, tokenizers)
+
+
+def _tokenizers(path: Path) -> Tokenizers:
+    if path.suffix == ".gguf":
+        return Tokenizers.from_gguf(gguf.read(path).values, path)
+    if path.suffix == ".bin":
+        beside = sorted(path.parent.glob("*.model"))
+        rule = "one .model of SentencePiece in its folder"
+        require(len(beside) == 1, f"the tokenizer of {path}", rule, [one.name for one in beside], CheckpointError)
+        return Tokenizers.from_sentencepiece(beside[0])
+    return Tokenizers.load(path)
 
 
 def load_any(

@@ -110,10 +110,13 @@ class Foreign(Tokenizer):
 class PieceStream(TextStream):
     """Text from pieces, what is told of each being what it adds to the one before; held pieces wait for another."""
 
-    def __init__(self, tokenizer: Foreign) -> None:
+    def __init__(self, tokenizer: Foreign, after: Sequence[int] = ()) -> None:
         self._foreign = tokenizer
-        self._read: list[int] = []
-        self._told = ""  # of the first of these
+        pieces = (token for token in reversed(after) if tokenizer.token_bytes(token))
+        before = next(pieces, None)  # without which a space at the beginning would be no part of the text
+        alone = before is not None and tokenizer.names[before] not in BYTE_OF_FALLBACK
+        self._read: list[int] = [before] if before is not None and alone else []
+        self._told = tokenizer.decode(self._read)
 
     def push(self, token_id: int) -> str:
         """The text that can not change any more."""
@@ -194,9 +197,9 @@ class FromLibrary(Foreign):
         """A byte alone may be no character, and whoever cleans up may take a space back."""
         return self.cleans or (self._falls_back and self.names[token_id] in BYTE_OF_FALLBACK)
 
-    def stream(self) -> TextStream:
-        """A decoder for tokens that come one by one."""
-        return TextStream(self) if self._by_letters else PieceStream(self)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for tokens that come one by one, after others that were told before."""
+        return TextStream(self) if self._by_letters else PieceStream(self, after)
 
 
 def by_id(vocabulary: Iterable[tuple[str, int]], name: str) -> list[str]:

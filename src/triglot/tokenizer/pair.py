@@ -80,6 +80,12 @@ class Tokenizers(NamedTuple):
             return cls._of(files_of(metadata))
 
     @classmethod
+    def from_sentencepiece(cls, path: Path) -> "Tokenizers":
+        """The one tokenizer in a file of SentencePiece, with BOS in front of each text, as Llama's have it."""
+        with _naming(path):
+            return cls._of({"tokenizer.model": path.read_bytes()})
+
+    @classmethod
     def _of(cls, files: Files) -> "Tokenizers":
         if "source.spm" in files:
             return cls(FromSentencePiece(files), FromSentencePiece(files, "target"))

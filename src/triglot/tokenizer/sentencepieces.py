@@ -84,9 +84,9 @@ class FromSentencePiece(Foreign):
         """A byte alone may be no character, and of Marian's text white space at the end is no part."""
         return self.cleans or self._of_marian or self.names[token_id] in BYTE_OF_FALLBACK
 
-    def stream(self) -> TextStream:
-        """A decoder for tokens that come one by one."""
-        return PieceStream(self)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder for tokens that come one by one, after others that were told before."""
+        return PieceStream(self, after)
 
 
 def _read(content: bytes, name: str) -> Any:

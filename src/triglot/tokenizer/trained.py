@@ -183,8 +183,8 @@ class Tokenizer:
         """The text of a conversation; ConfigError, as tokenizers that are trained here have no chat template."""
         raise ConfigError("`the run` must be made from a model with a chat template to be talked to, but is not.")
 
-    def stream(self) -> TextStream:
-        """A decoder for tokens that come one by one."""
+    def stream(self, after: Sequence[int] = ()) -> TextStream:  # noqa: ARG002 for those whose text depends on it
+        """A decoder for tokens that come one by one, after others that were told before."""
         return TextStream(self)
 
     @property
