@@ -6,6 +6,7 @@ PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=triglot,beartype.beartype
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make install    set up .venv and nothing more"
 	@echo "make demo       set up .venv and run the main job (four minutes on two cores)"
 	@echo "make test       set up .venv, then lint, types, architecture and tests"
 	@echo "make test-slow  the tests that take longer"
