@@ -26,7 +26,6 @@ from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Decoded, generate
 from triglot.generation.prepared import Prepared
-from triglot.generation.ready import banned_ids
 from triglot.generation.steps import search, start_texts
 from triglot.generation.workers import Search, Workers
 from triglot.models.decoder_only import DecoderLLM
@@ -57,7 +56,7 @@ def our_search(run: Path, precision: Any) -> Search:
     """A worker's search."""
     keep_freed_memory()
     model, _, tokenizers = load_model(run)
-    prepared = Prepared(model, precision, banned_ids(tokenizers.target))
+    prepared = Prepared(model, precision, tokenizers.target.ids.banned)
 
     def find(sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
         return search(prepared, sources, [limit] * len(sources), how, BOS)
