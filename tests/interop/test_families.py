@@ -7,11 +7,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from triglot.decoding.beam import BeamSearch, beam_search  # noqa: E402
+from triglot.decoding.rules import MinLength  # noqa: E402
 from triglot.files import write_json  # noqa: E402
 from triglot.interop.convert import family_for, read_model  # noqa: E402
 from triglot.interop.links import theirs_of  # noqa: E402
 from triglot.interop.tensors import read_object, tensors_of, write_tensors  # noqa: E402
-from triglot.layers.masks import create_look_ahead_mask  # noqa: E402
+from triglot.layers.masks import create_look_ahead_mask, create_padding_mask  # noqa: E402
 
 VOCAB, LENGTH = 67, 24
 LLAMA = {
@@ -154,3 +156,37 @@ def test_a_decoder_goes_out_as_it_came_in(writer, tmp_path):
 
 def test_a_translator_goes_out_as_it_came_in(translator, tmp_path):
     goes_round(translator, tmp_path)
+
+
+@torch.no_grad()
+def test_a_translators_beam_of_four_finds_the_same(translator, tmp_path):
+    translator.save_pretrained(tmp_path)
+    sources = torch.randint(3, VOCAB - 1, (3, 11), generator=torch.Generator().manual_seed(1))
+    start, limit = translator.config.decoder_start_token_id, 12
+    expected = translator.generate(
+        input_ids=sources, attention_mask=torch.ones_like(sources), num_beams=4, num_return_sequences=4,
+        max_new_tokens=limit, min_new_tokens=limit, do_sample=False, length_penalty=1.0, early_stopping="never",
+        bad_words_ids=None, forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=start, renormalize_logits=True,
+    )  # fmt: skip
+    model = read_model(tmp_path).model
+    steps = model.start(sources, create_padding_mask(torch.ones_like(sources)), limit)
+    first = steps.step(torch.full((3,), start))
+    how = BeamSearch(beam=4, nbest=4, eos_ids=[2], rules=[MinLength([2], limit)])
+    found = beam_search(first, steps, how, limit)
+    assert [list(text.ids) for texts in found for text in texts] == expected[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+@torch.no_grad()
+def test_routers_choose_the_same_experts(name, tmp_path):
+    kind, settings = ONLY[name]
+    theirs = spread(getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings)))
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    logits = theirs(ids, output_router_logits=True).router_logits
+    routings = [routing for routing in read_model(tmp_path).model.run(ids).routing if routing is not None]
+    assert len(routings) == len(logits) > 0
+    for routing, values in zip(routings, logits, strict=True):
+        chosen = routing.experts.flatten(0, -2)
+        assert torch.equal(chosen.sort(-1).values, values.topk(chosen.size(-1)).indices.sort(-1).values)
