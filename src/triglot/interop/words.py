@@ -94,10 +94,9 @@ def of_gguf(tokenizers: Tokenizers, config: RunConfig) -> dict[str, Any]:
     Raises CheckpointError where llama.cpp has no way of cutting texts that gives the same ids.
     """
     target = tokenizers.target
-    rule = "BPE, to be written to GGUF"
     values = json.loads(target.as_json() if target.kind != "sentencepiece" else "{}")
     is_bpe = values.get("model", {}).get("type") == "BPE"
-    require(is_bpe, "the tokenizer", rule, target.kind, CheckpointError)
+    require(is_bpe, "the tokenizer", "BPE, to be written to GGUF", target.kind, CheckpointError)
     begins = target.ids.bos is not None and (isinstance(target, Foreign) or config.data.packing == "documents")
     common = _common(values, config.model.vocab_size)
     common |= {"bos_token_id": target.ids.start, "eos_token_id": target.ids.eos, "add_bos_token": begins}
