@@ -45,13 +45,14 @@ class Found(NamedTuple):
     config: ModelConfig
 
 
-def read_model(path: Path, dtype: torch.dtype = torch.float32) -> Found:
-    """The model in a folder of transformers, in a GGUF file or one of llama2.c.
+def read_model(path: Path, dtype: torch.dtype = torch.float32, packed: gguf.Read | None = None) -> Found:
+    """The model in a folder of transformers, in a GGUF file, of which `packed` is what was read before, or in one of
+    llama2.c.
 
     Raises CheckpointError for what does not fit before a weight is read.
     """
     if path.suffix == ".gguf":
-        packed = gguf.read(path)
+        packed = packed or gguf.read(path)
         named = llama.links(packed.config, side_by_side=packed.side_by_side)
         return Found(made_of(packed.config, named, packed.tensors, lambda _: False, dtype), packed.config)
     if path.suffix == ".bin":

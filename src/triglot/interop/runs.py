@@ -33,16 +33,15 @@ def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> Loaded:
     """
     rule = "a run, a folder of transformers with config.json, a GGUF file or a .bin of llama2.c"
     require(path.is_file() or (path / "config.json").is_file(), "the checkpoint", rule, str(path), CheckpointError)
-    model, config = read_model(path, dtype)
-    tokenizers = _tokenizers(path)
+    packed = gguf.read(path) if path.suffix == ".gguf" else None
+    model, config = read_model(path, dtype, packed)
+    tokenizers = _tokenizers(path) if packed is None else Tokenizers.from_gguf(packed.values, path)
     train = TrainConfig(context=min(TrainConfig.context, config.max_seq_length))
     run = RunConfig(model=config, data=DataConfig(kind="none"), train=train, generation=tokenizers.generation)
     return Loaded(model, run, tokenizers)
 
 
 def _tokenizers(path: Path) -> Tokenizers:
-    if path.suffix == ".gguf":
-        return Tokenizers.from_gguf(gguf.read(path).values, path)
     if path.suffix == ".bin":
         beside = sorted(path.parent.glob("*.model"))
         rule = "one .model of SentencePiece in its folder"
