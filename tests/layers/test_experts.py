@@ -166,15 +166,19 @@ def two_threads():
 def test_threads_that_share_the_experts_compute_what_one_does(activation, kept, monkeypatch):
     assigned, stack = assigned_to(EXPERTS * 100, 3, kept=kept), stack_of(activation, bias=True, dropout=0.0)
     x, names = torch.randn(EXPERTS * 100, WIDTH), set[str]()
+    both_at_work = threading.Barrier(2)  # or else one thread may have done all before the other one wakes
 
     def product(*given):
-        names.add(threading.current_thread().name)
+        if (name := threading.current_thread().name) not in names:
+            names.add(name)
+            both_at_work.wait(timeout=60)
         original(*given)
 
     original = experts_module._product
     monkeypatch.setattr(experts_module, "_product", product)
     shared = output_and_gradients(x, assigned, stack, "segments")
     assert len(names) == 2
+    monkeypatch.setattr(experts_module, "_product", original)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     alone = output_and_gradients(x, assigned, stack, "segments")
