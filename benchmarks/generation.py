@@ -25,6 +25,7 @@ from triglot.data.corpus import read_lines
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Decoded, generate
+from triglot.generation.compiled import Compiled, start_compiled
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import search, start_texts
 from triglot.generation.workers import Search, Workers
@@ -199,13 +200,15 @@ def prompts(rows: int) -> list[list[int]]:
     return torch.randint(3, 49152, (rows, PROMPT), generator=draw).tolist()
 
 
-def our_texts(shape: str, rows: int, precision: Any) -> Work:
+def our_texts(shape: str, rows: int, precision: Any, compiles: bool = False) -> Work:
     """Greedy tokens after each prompt."""
     keep_freed_memory()
-    prepared, sampler = Prepared(SHAPES[shape](), precision), Sampler(temperature=0.0)
+    model, sampler = SHAPES[shape](), Sampler(temperature=0.0)
+    prepared = Prepared(model, precision)
+    start = partial(start_compiled, Compiled(model, precision)) if compiles else start_texts
 
     def work() -> int:
-        first, steps = start_texts(prepared, prompts(rows), PROMPT + NEW)
+        first, steps = start(prepared, prompts(rows), PROMPT + NEW)
         return sum(len(text.ids) for text in generate(first, steps, sampler, NEW))
 
     return work
@@ -277,12 +280,15 @@ def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, 
     flash = {"without": False, "with": True}
     known: dict[str, dict[str, Callable[[], Work]]] = {
         "triglot": {precision: partial(our_texts, *given)},
+        "triglot, compiled": {precision: partial(our_texts, *given, compiles=True)},
         "transformers": {"fp32": partial(transformers_texts, shape, rows)},
         "CTranslate2": {"int8": partial(ctranslate2_texts, shape, rows, "int8")},
         "llama.cpp": {
             f"{precision}, {name} flash attention": partial(llama_cpp_texts, *given, on) for name, on in flash.items()
         },
     }
+    if rows > 1 or precision == "int4":
+        del known["triglot, compiled"]  # one text after another, and none of 4 bits
     if shape.startswith("SmolLM2"):
         known["OpenVINO GenAI"] = {
             f"{precision}, {name}": partial(openvino_texts, *given, name) for name in ("SDPA", "PA")
@@ -290,10 +296,10 @@ def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, 
     return known
 
 
-def share_of_bandwidth(shape: str, precision: Any, tokens_per_second: float) -> Row:
+def share_of_bandwidth(shape: str, precision: Any, ours: str, tokens_per_second: float) -> Row:
     """Bytes of weights that are read a second beside what the machine reads at most."""
     read, rate = Prepared(SHAPES[shape](), precision).num_bytes * tokens_per_second, measure.read_rate()
-    name = f"text: {shape}, batch 1, {precision}: weights read, of the memory's bandwidth"
+    name = f"text: {shape}, batch 1, {precision}: {ours}: weights read, of the memory's bandwidth"
     return {"name": name, "ours": read / 1e9, "peer": rate / 1e9, "ratio": read / rate, "unit": "GB/s", "runs": 5}
 
 
@@ -352,13 +358,13 @@ def section_rows(section: str, options: argparse.Namespace) -> list[Row]:
     for one in sides.values():
         one.end()
     title = f"{section}, AVX2" if options.laptop else section
-    ours = next((name for name in found if name.startswith("triglot")), None)
-    if ours is None:
-        return []
-    rows = measure.rows(title, found, ours, "tokens/s")
-    if ", batch 1" in section and not options.laptop:
-        shape, _, precision = section.removeprefix("text: ").split(", ")
-        rows.append(share_of_bandwidth(shape, precision, statistics.median(found[ours])))
+    peers = {name: speeds for name, speeds in found.items() if not name.startswith("triglot")}
+    rows = list[Row]()
+    for ours in (name for name in found if name.startswith("triglot")):
+        rows += measure.rows(title, peers | {ours: found[ours]}, ours, "tokens/s")
+        if ", batch 1" in section and not options.laptop:
+            shape, _, precision = section.removeprefix("text: ").split(", ")
+            rows.append(share_of_bandwidth(shape, precision, ours, statistics.median(found[ours])))
     return rows
 
 

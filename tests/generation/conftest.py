@@ -24,6 +24,7 @@ def make() -> Callable[..., Any]:
         options: dict[str, Any] | None = None,
         tokenizer: Tokenizer | None = None,
         precision: Any = "fp32",
+        compiled: bool = False,
         **data: Any,
     ) -> Engine:
         tokenizer = tokenizer or Tokenizer.train("byte", [], tags=tags)
@@ -51,7 +52,7 @@ def make() -> Callable[..., Any]:
             bias[SpecialIds().eos] = 3.0 if pairs else 1.5
             bias[3 + len(tags) :] = torch.randn(size - 3 - len(tags)) / 2
             model.projection.bias = torch.nn.Parameter(bias)
-        return Engine(model, config, Tokenizers(tokenizer, tokenizer), precision=precision)
+        return Engine(model, config, Tokenizers(tokenizer, tokenizer), precision=precision, compiled=compiled)
 
     return make
 

@@ -106,6 +106,7 @@ def generate(
         Path | None, typer.Option(metavar="RUN", help="Whose model guesses; else the text before.", show_default=False)
     ] = None,
     precision: InPrecision = Precision.fp32,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Faster, once it has been compiled.")] = False,
     which: Which = "best",
     device: Device = None,
 ) -> None:
@@ -140,7 +141,8 @@ def generate(
         "past_context": past_context.value,
         "speculate": speculate,
     }
-    engine = load(run, which=which, device=device_of(device), precision=precision.value, draft=draft)
+    where = device_of(device)
+    engine = load(run, which=which, device=where, precision=precision.value, draft=draft, compiled=compiled)
 
     said: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 

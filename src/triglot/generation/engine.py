@@ -37,13 +37,15 @@ def load(
     precision: Precision = "fp32",
     workers: int | None = None,
     draft: str | Path | None = None,
+    compiled: bool = False,
 ) -> "Engine":
     """The engine of a run's checkpoint `which` (best, last, or a number of steps), or of another library's checkpoint.
 
     Without `device` it is on the GPU if there is one. `precision` is that of decoding: on a processor the weights are
     packed for it, on a GPU bf16 is the type of the model and int8 is refused. With `workers` above 1 so many processes
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
-    run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`.
+    run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`. With
+    `compiled` texts go on one after another by compiled code (`generation/compiled.py`): the fastest for one text.
     """
     where = device_here(device)
     on_processor = where.type == "cpu"
@@ -59,7 +61,7 @@ def load(
         require(fits, "workers", "1 unless the model is on a processor, in fp32", workers, ConfigError)
         pool = Workers(partial(sentences.worker_search, Path(run), which, precision), workers)
     guesses = None if draft is None else Ready(*load_any(Path(draft), "best", where), precision)
-    return Engine(model, config, tokenizers, precision=precision, workers=pool, draft=guesses)
+    return Engine(model, config, tokenizers, precision=precision, workers=pool, draft=guesses, compiled=compiled)
 
 
 class Engine:
@@ -77,9 +79,10 @@ class Engine:
         precision: Precision = "fp32",
         workers: Workers | None = None,
         draft: Ready | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model, self.config, self.tokenizers = model, config, tokenizers
-        self._ready = Ready(model, config, tokenizers, precision, draft)
+        self._ready = Ready(model, config, tokenizers, precision, draft, compiled=compiled)
         self._workers = workers
         self._find = partial(sentences.search_all, self._ready) if workers is None else workers.search
 

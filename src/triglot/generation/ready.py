@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from triglot.config import RunConfig
 from triglot.decoding.speculation import Draft, NGrams
 from triglot.errors import ConfigError, DataError, require
+from triglot.generation.compiled import Compiled
 from triglot.generation.drafts import ModelDraft
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
@@ -38,6 +39,8 @@ class Ready:
         tokenizers: Tokenizers,
         precision: Precision = "fp32",
         draft: "Ready | None" = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         known = ", ".join(get_args(Precision))
         require(precision in get_args(Precision), "precision", f"one of {known}", precision, ConfigError)
@@ -55,7 +58,21 @@ class Ready:
             require(same, "the draft's vocabulary", "the model's own tokens", f"{other.vocab_size} others", ConfigError)
             rule, value = "left out unless the model is on a processor, in fp32", draft.config.model.kind
             require(self._can_be_prepared, "draft", rule, value, ConfigError)
-        self.draft = draft
+        self.draft, self._compiles = draft, compiled
+        if compiled:
+            self._check_compiles()
+
+    def _check_compiles(self) -> None:
+        fits = self._can_be_prepared and isinstance(self.model, DecoderLLM) and self.model.options.experts is None
+        rule = "left out unless the model is a decoder-only one without experts, on a processor, in fp32"
+        require(fits, "compiled", rule, True, ConfigError)
+        rule = "fp32, bf16 or int8 where `compiled` is set"
+        require(self.precision != "int4", "precision", rule, self.precision, ConfigError)
+
+    @cached_property
+    def compiled(self) -> Compiled | None:
+        """What goes on from a prompt where that was asked for; compiling it takes half a minute, once."""
+        return Compiled(self.writer, self.precision, self._never) if self._compiles else None
 
     @cached_property
     def prepared(self) -> Prepared | None:
@@ -66,7 +83,12 @@ class Ready:
 
     @property
     def multiplies_in(self) -> str:
-        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections."""
+        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections.
+
+        Compiled, all weights are what was asked for.
+        """
+        if self._compiles:
+            return self.precision
         if (prepared := self.prepared) is not None:
             return " and ".join(one for one in get_args(Precision) if one in prepared.used)
         dtype = self.model.projection.weight.dtype
@@ -76,6 +98,7 @@ class Ready:
         """What guesses `count` tokens of one text: the draft model, or what followed in the text before."""
         rule = "0 unless the model is on a processor, in fp32"
         require(self._can_be_prepared, "speculate", rule, count, ConfigError)
+        require(not self._compiles, "speculate", "0 where `compiled` is set", count, ConfigError)
         if self.draft is None or self.draft.prepared is None:
             return NGrams()
         return ModelDraft(self.draft.prepared)

@@ -15,6 +15,7 @@ from triglot.decoding.rules import Rule, Within
 from triglot.decoding.search import Steps, Token, stream
 from triglot.decoding.speculation import SteppingBack, speculate
 from triglot.errors import ConfigError, DeadEndError, require
+from triglot.generation.compiled import start_compiled
 from triglot.generation.options import Sampling
 from triglot.generation.ready import Ready, batches, pad
 from triglot.generation.results import Ended, Generation
@@ -99,6 +100,8 @@ def drafts_of(ready: Ready, prompts: Sequence[Prompt], how: Sampling) -> tuple[l
 
     Without `max_new_tokens` a text is as long as the run says, and no longer than fits the context.
     """
+    if how.speculate:
+        ready.guesser(how.speculate)  # which refuses where there can be none
     contexts = _contexts(ready, prompts)
     limits = [_limit(ready, number, len(ids), how) for number, ids in enumerate(contexts, 1) for _ in range(how.n)]
     contexts = [ids for ids in contexts for _ in range(how.n)]
@@ -207,7 +210,10 @@ def _start(
     most = max(len(ids) + limit for ids, limit in zip(contexts, limits, strict=True))
     first: Tensor
     steps: Steps
-    if (prepared := ready.prepared) is not None:
+    prepared, compiled = ready.prepared, ready.compiled
+    if prepared is not None and compiled is not None:
+        first, steps = start_compiled(compiled, prepared, texts, most)
+    elif prepared is not None:
         first, steps = start_texts(prepared, texts, most)
     else:
         prompts = pad(texts, ready.model)

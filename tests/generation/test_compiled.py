@@ -1,0 +1,174 @@
+"""Compiled code computes what the model computes, of one text as of several, and is compiled once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils import _pytree
+
+from triglot.config import BlockOptions
+from triglot.decoding.sampling import Sampler
+from triglot.decoding.search import generate
+from triglot.errors import ConfigError
+from triglot.generation import compiled
+from triglot.generation.compiled import Compiled, start_compiled
+from triglot.generation.one_token import RowLinear
+from triglot.generation.prepared import Prepared
+from triglot.generation.steps import start_texts
+from triglot.models.decoder_only import DecoderLLM
+
+VOCAB, LONGEST = 60, 97
+PROMPTS = [[7], [5, 9, 3], list(range(3, 40))]
+LLAMA = BlockOptions(norm="rms", norm_order="pre", positions="rotary", activation="swiglu", num_kv_heads=2, bias=False)
+TOLERANCE = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.05}
+
+pytestmark = [
+    pytest.mark.usefixtures("without_shape_checks"),  # which the compiler cannot trace
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # PyTorch's, of itself
+]
+
+
+def make_model(options=LLAMA) -> DecoderLLM:
+    torch.manual_seed(0)
+    return DecoderLLM(VOCAB, 24, 4, 3, 40, LONGEST, options=options).eval()
+
+
+def interpreted(module, inputs, dynamic, program=None):
+    """What `compile_module` compiles, or a `program` that it would compile, as PyTorch runs it."""
+    leaves, structure = _pytree.tree_flatten((inputs, list(module.state_dict().values())))
+    program = program or compiled.Stateless(module)
+
+    def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        rest = iter(tensors)
+        filled = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        with torch.no_grad():
+            return [program(*_pytree.tree_unflatten(filled, structure))]
+
+    return run
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(compiled, "compile_module", interpreted)
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """Compiles into a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("code")))
+        yield
+
+
+def logits_of(model, precision, fed):
+    """After each prompt and after each of the tokens that follow all of them, with the model's own beside them."""
+    prepared, compiled_model = Prepared(model), Compiled(model, precision)
+    first, steps = start_compiled(compiled_model, prepared, PROMPTS, LONGEST)
+    _, plain = start_texts(prepared, PROMPTS, LONGEST)
+    pairs = []
+    for token in fed:
+        tokens = torch.full((len(PROMPTS),), token)
+        pairs.append((steps.step(tokens), plain.step(tokens)[:, :VOCAB]))
+    return first, pairs
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_token_by_itself_is_read_as_the_model_reads_it(options):
+    if options.experts is not None:
+        pytest.skip("a token visits some experts: not compiled")
+    options = replace(options, window=5)
+    _, pairs = logits_of(make_model(options), "fp32", [4, 8, 15, 16, 23, 42])
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_what_is_exported_takes_texts_of_any_length(monkeypatch):
+    options = replace(LLAMA, positions="relative", qk_norm="head", num_kv_heads=None)
+
+    def of_program(module, inputs, dynamic):
+        return interpreted(module, inputs, dynamic, compiled.exported(module, inputs, dynamic).module())
+
+    monkeypatch.setattr(compiled, "compile_module", of_program)
+    _, pairs = logits_of(make_model(options), "fp32", [4, 8])
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_a_row_is_multiplied_as_a_linear_layer_does_it(precision):
+    torch.manual_seed(1)
+    layer, x = torch.nn.Linear(37, 51), torch.randn(1, 1, 37)
+    found = RowLinear(layer.weight, layer.bias, precision)(x)
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=TOLERANCE[precision])
+
+
+@pytest.mark.usefixtures("code")
+def test_compiled_code_says_what_the_model_says_whatever_the_length_and_company():
+    model = make_model()
+    _, pairs = logits_of(model, "fp32", [4, 8, 15])
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    prepared, again, sampler = Prepared(model), Compiled(model, "fp32"), Sampler(temperature=1.0)
+
+    def write(prompts, seeds):
+        first, steps = start_compiled(again, prepared, prompts, LONGEST)
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return generate(first, steps, sampler, 30, generator=draws)
+
+    together = write(PROMPTS, [1, 2, 3])
+    assert together == [write([prompt], [seed])[0] for seed, prompt in enumerate(PROMPTS, 1)]
+
+
+@pytest.mark.usefixtures("code")
+def test_what_was_compiled_is_not_compiled_again(monkeypatch):
+    Compiled(make_model(), "fp32")
+    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    other = make_model()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    Compiled(other, "fp32")
+
+
+def test_a_row_taken_twice_goes_on_in_two_ways():
+    texts = compiled.CompiledTexts(None, [torch.zeros(2), torch.ones(2)], [3, 4])
+    texts.select(torch.tensor([1, 1, 0]))
+    texts.held[0][0] = 5
+    assert [row.tolist() for row in texts.held] == [[5, 1], [1, 1], [0, 0]]
+    assert texts.ends == [4, 4, 3]
+
+
+def test_an_engine_writes_by_compiled_code_where_it_is_asked_to(make, monkeypatch):
+    plain = make("decoder_only")
+    monkeypatch.setattr(compiled, "compile_module", interpreted)
+    engine = make("decoder_only", compiled=True)
+    asked = {"temperature": 0.7, "max_new_tokens": 60, "past_context": "slide", "n": 2}
+    found, expected = engine.generate(["abc", "", "d"], **asked), plain.generate(["abc", "", "d"], **asked)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert any(one.log_probs != other.log_probs for one, other in zip(found, expected, strict=True))
+    assert "".join(engine.stream("abc", seed=0, **asked | {"n": 1})) == found[0].text
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("encoder_decoder", {}, "`compiled` must be left out unless the model is a decoder-only one"),
+        ("decoder_only", {"options": {"experts": {"num_experts": 2}}}, "`compiled` must be left out unless"),
+        ("decoder_only", {"precision": "int4"}, "`precision` must be fp32, bf16 or int8 where `compiled` is set"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_before_work(make, kind, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        make(kind, compiled=True, **changes)
+
+
+def test_guesses_are_refused(make):
+    with pytest.raises(ConfigError, match="`speculate` must be 0 where `compiled` is set, but is 2"):
+        make("decoder_only", compiled=True).generate(["a"], speculate=2)
+
+
+@pytest.mark.usefixtures("code")
+def test_a_machine_without_a_compiler_is_told(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
+    with pytest.raises(ConfigError, match=r"`compiled` must be left out where there is no C\+\+ compiler"):
+        Compiled(make_model(replace(LLAMA, activation="geglu_tanh")), "fp32")
