@@ -82,9 +82,9 @@ class Token(LayerCache):
         scores = torch.cat([before, own[None]])  # [length, kv_heads, group]
         if bias is not None:
             scores = scores + bias[0, :, 0].T.view_as(scores)
-        weights = scores.softmax(0)
-        mixed = (weights[:-1, :, :, None] * values[:, :, None]).sum(0) + weights[-1, :, :, None] * v.view(-1, 1, width)
-        return mixed.view(q.shape), None
+        weights = (scores - scores.amax(0)).exp()[..., None]
+        mixed = (weights[:-1] * values[:, :, None]).sum(0) + weights[-1] * v.view(-1, 1, width)
+        return (mixed / weights.sum(0)).view(q.shape), None  # divided once, and not each weight
 
 
 class OneToken(nn.Module):
