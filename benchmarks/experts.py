@@ -18,6 +18,8 @@ from benchmarks import measure
 from benchmarks.measure import Row, Side, Work
 from triglot.allocator import keep_freed_memory
 from triglot.generation.attention import at_least
+from triglot.generation.compiled import Run, compile_module
+from triglot.generation.one_token import RowExperts
 from triglot.generation.prepared import PreparedExperts
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
@@ -168,11 +170,34 @@ def decoding_steps(precision: Any) -> Iterator[tuple[Callable[[], Tensor], int]]
         yield step, packer.num_bytes * DECODING.k // DECODING.experts
 
 
+def compiled_steps(precision: Any) -> Iterator[tuple[Callable[[], Any], int]]:
+    """The same by compiled code, which all layers share."""
+    run: Run | None = None
+    for number in range(DECODING_LAYERS):
+        rows = RowExperts(layer(DECODING, "swiglu", width=DECODING_WIDTH).eval(), precision)
+        x = torch.randn(1, 1, DECODING_WIDTH, generator=torch.Generator().manual_seed(number))
+        run = run or compile_module(rows, (x,), (None,))
+        read = rows.inner.weight.nbytes + rows.outer.weight.nbytes
+        step = partial(_run, run, x, *rows.state_dict().values())
+        yield step, read * DECODING.k // DECODING.experts
+
+
+def _run(run: Run, *given: Tensor) -> list[Tensor]:
+    return run(list(given))  # a list of its own, which compiled code empties
+
+
 def decoding_rows(quick: bool) -> list[Row]:
     """The time of a layer over that of reading its k experts' weights once."""
     found = []
-    for precision in ("fp32", "int8"):
-        steps = list(decoding_steps(precision))
+    kinds = {
+        "fp32": decoding_steps,
+        "int8": decoding_steps,
+        "fp32, compiled": compiled_steps,
+        "int8, compiled": compiled_steps,
+    }
+    for precision, make in kinds.items():
+        with torch.no_grad():
+            steps = list(make(precision.removesuffix(", compiled")))
         read, seconds = measure.read_rate(), []
         with torch.inference_mode():
             for _ in range(5 if quick else 40):

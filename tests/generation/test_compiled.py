@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree
 
-from triglot.config import BlockOptions
+from triglot.config import BlockOptions, ExpertOptions
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
 from triglot.errors import ConfigError
@@ -60,37 +60,37 @@ def code(tmp_path_factory):
         yield
 
 
-def logits_of(model, precision, fed):
-    """After each prompt and after each of the tokens that follow all of them, with the model's own beside them."""
-    prepared, compiled_model = Prepared(model), Compiled(model, precision)
-    first, steps = start_compiled(compiled_model, prepared, PROMPTS, LONGEST)
-    _, plain = start_texts(prepared, PROMPTS, LONGEST)
-    pairs = []
+def logits_of(model, fed, prompts=PROMPTS):
+    """After each of the tokens that follow all prompts, beside those of the prepared model."""
+    prepared = Prepared(model)
+    _, steps = start_compiled(Compiled(model, "fp32"), prepared, prompts, LONGEST)
+    _, plain = start_texts(prepared, prompts, LONGEST)
     for token in fed:
-        tokens = torch.full((len(PROMPTS),), token)
-        pairs.append((steps.step(tokens), plain.step(tokens)[:, :VOCAB]))
-    return first, pairs
+        tokens = torch.full((len(prompts),), token)
+        yield steps.step(tokens), plain.step(tokens)[:, :VOCAB]
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_token_by_itself_is_read_as_the_model_reads_it(options):
-    if options.experts is not None:
-        pytest.skip("a token visits some experts: not compiled")
     options = replace(options, window=5)
-    _, pairs = logits_of(make_model(options), "fp32", [4, 8, 15, 16, 23, 42])
-    for found, expected in pairs:
+    for found, expected in logits_of(make_model(options), [4, 8, 15, 16, 23, 42]):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_what_is_exported_takes_texts_of_any_length(monkeypatch):
-    options = replace(LLAMA, positions="relative", qk_norm="head", num_kv_heads=None)
+EXPERTS = ExpertOptions(num_experts=5, top_k=2, router="sigmoid", shared=1, every=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"positions": "relative", "qk_norm": "head", "num_kv_heads": None}, {"experts": EXPERTS}]
+)
+def test_what_is_exported_takes_texts_of_any_length(changes, monkeypatch):
+    options = replace(LLAMA, **changes)
 
     def of_program(module, inputs, dynamic):
         return interpreted(module, inputs, dynamic, compiled.exported(module, inputs, dynamic).module())
 
     monkeypatch.setattr(compiled, "compile_module", of_program)
-    _, pairs = logits_of(make_model(options), "fp32", [4, 8])
-    for found, expected in pairs:
+    for found, expected in logits_of(make_model(options), [4, 8], PROMPTS[1:]):  # its guards want two tokens before
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -105,8 +105,7 @@ def test_a_row_is_multiplied_as_a_linear_layer_does_it(precision):
 @pytest.mark.usefixtures("code")
 def test_compiled_code_says_what_the_model_says_whatever_the_length_and_company():
     model = make_model()
-    _, pairs = logits_of(model, "fp32", [4, 8, 15])
-    for found, expected in pairs:
+    for found, expected in logits_of(model, [4, 8, 15]):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     prepared, again, sampler = Prepared(model), Compiled(model, "fp32"), Sampler(temperature=1.0)
 
@@ -153,7 +152,6 @@ def test_an_engine_writes_by_compiled_code_where_it_is_asked_to(make, monkeypatc
     ("kind", "changes", "told"),
     [
         ("encoder_decoder", {}, "`compiled` must be left out unless the model is a decoder-only one"),
-        ("decoder_only", {"options": {"experts": {"num_experts": 2}}}, "`compiled` must be left out unless"),
         ("decoder_only", {"precision": "int4"}, "`precision` must be fp32, bf16 or int8 where `compiled` is set"),
     ],
 )

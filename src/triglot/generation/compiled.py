@@ -46,14 +46,23 @@ class Compiled:
         self.states = [list(layer.state_dict().values()) for layer in layers]
         self.head_state = list(head.state_dict().values())
         self.num_bytes = sum(tensor.nbytes for state in [*self.states, self.head_state] for tensor in state)
-        x, *rest = self.embed(0, 3)
-        before, own = (torch.zeros(*some, model.num_kv_heads, model.head_dim) for some in ((3,), ()))
-        inputs = (x, (before, before.clone()), (own, own.clone()), *rest)
+        inputs, dynamic = self._example()
+        of_shape: dict[str, Run] = {}
+        for layer in layers:  # blocks of one shape share the code
+            if (shape := _shape_of(layer)) not in of_shape:
+                of_shape[shape] = compile_module(layer, inputs, dynamic)
+        self.run_blocks = [of_shape[_shape_of(layer)] for layer in layers]
+        self.run_head = compile_module(head, (inputs[0],), (None,))
+
+    def _example(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What a block reads where three tokens stand before one, and which of these sizes may be others."""
+        x, rotation, bias = self.embed(0, 3)
+        sizes = self.model.num_kv_heads, self.model.head_dim
+        before, own = ((torch.zeros(*some, *sizes), torch.zeros(*some, *sizes)) for some in ((3,), ()))
         length = torch.export.Dim("before", max=LONGEST)
-        longer, bias = {0: length}, None if rest[1] is None else {3: length + 1}
-        of_rotation = None if rest[0] is None else (None, None)
-        dynamic = (None, (longer, longer), (None, None), of_rotation, bias)
-        self.run_block, self.run_head = compile_module(layers[0], inputs, dynamic), compile_module(head, (x,), (None,))
+        of_rotation, of_bias = None if rotation is None else (None, None), None if bias is None else {3: length + 1}
+        dynamic = (None, ({0: length}, {0: length}), (None, None), of_rotation, of_bias)
+        return (x, before, own, rotation, bias), dynamic
 
     def embed(self, token: int, position: int) -> tuple[Row, Turn | None, Tensor | None]:
         """A token's vector, the rotation at its place, and what relative positions add to its scores."""
@@ -76,11 +85,16 @@ class Compiled:
         keys, values = (part[:, first:position].unbind() for part in held)
         own_keys, own_values = (part[:, position].unbind() for part in held)
         also = [*(rotation or ()), *(() if bias is None else (bias,))]
-        for layer, state in enumerate(self.states):
+        for layer, (run, state) in enumerate(zip(self.run_blocks, self.states, strict=True)):
             own = own_keys[layer], own_values[layer]
-            (x,) = self.run_block([x, keys[layer], values[layer], *own, *also, *state])
+            (x,) = run([x, keys[layer], values[layer], *own, *also, *state])
         (logits,) = self.run_head([x, *self.head_state])
         return logits[0]
+
+
+def _shape_of(module: nn.Module) -> str:
+    """Equal for modules whose code is the same: a model's blocks differ in what they hold, if they do."""
+    return str([(name, part.shape, part.dtype) for name, part in module.state_dict().items()])
 
 
 class CompiledTexts:

@@ -63,8 +63,8 @@ class Ready:
             self._check_compiles()
 
     def _check_compiles(self) -> None:
-        fits = self._can_be_prepared and isinstance(self.model, DecoderLLM) and self.model.options.experts is None
-        rule = "left out unless the model is a decoder-only one without experts, on a processor, in fp32"
+        fits = self._can_be_prepared and isinstance(self.model, DecoderLLM)
+        rule = "left out unless the model is a decoder-only one on a processor, in fp32"
         require(fits, "compiled", rule, True, ConfigError)
         rule = "fp32, bf16 or int8 where `compiled` is set"
         require(self.precision != "int4", "precision", rule, self.precision, ConfigError)
