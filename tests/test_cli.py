@@ -249,6 +249,13 @@ def test_generate_prints_the_prompt_and_what_the_engine_makes_of_it(folder):
     assert succeed("generate", folder / "writer", *options).endswith("\n")
 
 
+def test_what_cannot_be_compiled_is_refused_by_its_option(folder):
+    told = refuse("generate", folder / "writer", "--compiled", "--precision", "int4", "--device", "cpu")
+    assert "`precision` must be fp32, bf16 or int8 where `compiled` is set, but is 'int4'" in told
+    told = refuse("generate", folder / "translator", "--compiled", "--device", "cpu")
+    assert "`compiled` must be left out unless the model is a decoder-only one" in told
+
+
 def test_generate_slides_past_the_context_only_when_it_is_told_to(folder):
     options = ("--prompt", "x", "--max-new-tokens", 60, "--device", "cpu")
     assert "`max_new_tokens` must be at most 40" in refuse("generate", folder / "writer", *options)

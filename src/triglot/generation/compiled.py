@@ -78,7 +78,7 @@ class Compiled:
 
     def step(
         self, token: int, position: int, held: Float[Tensor, "2 layers capacity kv_heads head_dim"]
-    ) -> Float[Tensor, "1 vocab"]:
+    ) -> Float[Tensor, "1 filled_up_vocab"]:
         """Logits after a token at `position`, whose keys and values join those `held` of the ones before."""
         x, rotation, bias = self.embed(token, position)
         first = self.first(position)
@@ -104,7 +104,7 @@ class CompiledTexts:
         self.compiled, self.held, self.ends = compiled, held, ends
 
     @torch.inference_mode()
-    def step(self, tokens: Int[Tensor, " texts"]) -> Float[Tensor, "texts vocab"]:
+    def step(self, tokens: Int[Tensor, " texts"]) -> Float[Tensor, "texts filled_up_vocab"]:
         """Feed each text its next token; logits of the one after."""
         logits = [self.compiled.step(*each) for each in zip(tokens.tolist(), self.ends, self.held, strict=True)]
         self.ends = [end + 1 for end in self.ends]
@@ -123,7 +123,7 @@ class CompiledTexts:
 @torch.inference_mode()
 def start_compiled(
     compiled: Compiled, prepared: Prepared, prompts: Sequence[Sequence[int]], most: int
-) -> tuple[Float[Tensor, "texts vocab"], CompiledTexts]:
+) -> tuple[Float[Tensor, "texts filled_up_vocab"], CompiledTexts]:
     """`start_texts` for texts that go on by compiled code; prompts are read by `prepared`."""
     lengths, width = [len(ids) for ids in prompts], compiled.model.head_dim
     logits, steps = start_texts(prepared, prompts, max(lengths))
@@ -132,7 +132,7 @@ def start_compiled(
         read = steps.held.both[:, :, row, :, :length, :width].transpose(2, 3)
         held.append(read.new_empty(*read.shape[:2], most, *read.shape[3:]))
         held[row][:, :, :length] = read
-    return logits[:, : compiled.model.vocab_size], CompiledTexts(compiled, held, lengths)
+    return logits, CompiledTexts(compiled, held, lengths)
 
 
 class Stateless(nn.Module):

@@ -5,7 +5,6 @@ of one row, written so that the compiler makes few loops of them, since threads 
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
+from triglot.generation.prepared import filled_up_projection
 from triglot.layers.attention import Attention, MultiHeadAttention, normalised
 from triglot.layers.feed_forward import activate
 from triglot.layers.moe import MixtureOfExperts
@@ -177,16 +177,14 @@ class OneToken(nn.Module):
 
 
 class Head(nn.Module):
-    """The norm after the last block and the projection; logits of what is banned are −∞."""
+    """The norm after the last block and the projection; the logits of what is banned, or fills up, are −∞."""
 
     def __init__(self, model: DecoderLLM, precision: Precision, banned: Sequence[int]) -> None:
         super().__init__()
-        bias = torch.zeros(model.vocab_size) if model.lm_head.bias is None else model.lm_head.bias.detach().clone()
-        bias[list(banned)] = -math.inf
         self.norm, self.scale = copy.deepcopy(model.final_norm), model.output_scale
-        self.projection = RowLinear(model.lm_head.weight, bias, precision)
+        self.projection = RowLinear(*filled_up_projection(model.lm_head, banned), precision)
 
-    def forward(self, x: Row) -> Float[Tensor, "1 1 vocab"]:
+    def forward(self, x: Row) -> Float[Tensor, "1 1 filled_up_vocab"]:
         hidden = self.norm(x)
         return self.projection(hidden if self.scale is None else hidden * self.scale)
 

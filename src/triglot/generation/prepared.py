@@ -267,6 +267,18 @@ class PreparedStack:
         return x if scale is None else x * scale
 
 
+def filled_up_projection(
+    projection: nn.Linear, banned: Sequence[int]
+) -> tuple[Float[Tensor, "filled_up_vocab d_model"], Float[Tensor, " filled_up_vocab"]]:
+    """Its weight and bias, a multiple of VOCABULARY long: what fills it up, and what is `banned`, gets −∞."""
+    vocab = projection.out_features
+    weight = F.pad(projection.weight.detach().float(), (0, 0, 0, round_up(vocab, VOCABULARY) - vocab))
+    bias = torch.full((len(weight),), -math.inf)
+    bias[:vocab] = 0 if projection.bias is None else projection.bias.detach()
+    bias[list(banned)] = -math.inf
+    return weight, bias
+
+
 class Prepared:
     """A model ready to decode: its stacks and the projection to the vocabulary, where `banned` tokens get −∞."""
 
@@ -276,12 +288,7 @@ class Prepared:
         packer = Packer(precision)
         self.encoder = PreparedStack(model.encoder, packer) if isinstance(model, Transformer) else None
         self.decoder = PreparedStack(model.decoder if isinstance(model, Transformer) else model, packer)
-        projection = model.projection
-        vocab = projection.out_features
-        weight = F.pad(projection.weight.detach().float(), (0, 0, 0, round_up(vocab, VOCABULARY) - vocab))
-        bias = torch.full((len(weight),), -math.inf)
-        bias[:vocab] = 0 if projection.bias is None else projection.bias.detach()
-        bias[list(banned)] = -math.inf
+        weight, bias = filled_up_projection(model.projection, banned)
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
