@@ -6,6 +6,7 @@ a decoding step takes beside one reading of the weights it needs, and the memory
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -189,22 +190,17 @@ def _run(run: Run, *given: Tensor) -> list[Tensor]:
 def decoding_rows(quick: bool) -> list[Row]:
     """The time of a layer over that of reading its k experts' weights once."""
     found = []
-    kinds = {
-        "fp32": decoding_steps,
-        "int8": decoding_steps,
-        "fp32, compiled": compiled_steps,
-        "int8, compiled": compiled_steps,
-    }
-    for precision, make in kinds.items():
+    for make, precision in itertools.product((decoding_steps, compiled_steps), ("fp32", "int8")):
         with torch.no_grad():
-            steps = list(make(precision.removesuffix(", compiled")))
+            steps = list(make(precision))
         read, seconds = measure.read_rate(), []
         with torch.inference_mode():
             for _ in range(5 if quick else 40):
                 for step, _ in steps:
                     seconds.append(measure.seconds(step))
         ours, bound = statistics.median(seconds), steps[0][1] / read
-        name = f"decoding: one token, {precision}, time of a layer over reading {DECODING.k} experts' weights"
+        how = precision + ", compiled" * (make is compiled_steps)
+        name = f"decoding: one token, {how}, time of a layer over reading {DECODING.k} experts' weights"
         found.append(
             {
                 "name": name,

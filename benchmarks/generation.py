@@ -282,15 +282,14 @@ def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, 
     flash = {"without": False, "with": True}
     known: dict[str, dict[str, Callable[[], Work]]] = {
         "triglot": {precision: partial(our_texts, *given)},
-        "triglot, compiled": {precision: partial(our_texts, *given, compiles=True)},
         "transformers": {"fp32": partial(transformers_texts, shape, rows)},
         "CTranslate2": {"int8": partial(ctranslate2_texts, shape, rows, "int8")},
         "llama.cpp": {
             f"{precision}, {name} flash attention": partial(llama_cpp_texts, *given, on) for name, on in flash.items()
         },
     }
-    if rows > 1 or precision == "int4":
-        del known["triglot, compiled"]  # one text after another, and none of 4 bits
+    if rows == 1 and precision != "int4":  # one text after another, and none of 4 bits
+        known["triglot, compiled"] = {precision: partial(our_texts, *given, compiles=True)}
     if shape.startswith("SmolLM2"):
         known["OpenVINO GenAI"] = {
             f"{precision}, {name}": partial(openvino_texts, *given, name) for name in ("SDPA", "PA")

@@ -249,6 +249,14 @@ def test_generate_prints_the_prompt_and_what_the_engine_makes_of_it(folder):
     assert succeed("generate", folder / "writer", *options).endswith("\n")
 
 
+def test_compiled_texts_come_from_what_was_compiled(folder, monkeypatch):
+    def refused(*_):
+        raise triglot.errors.ConfigError("the compiler was asked")
+
+    monkeypatch.setattr("triglot.generation.compiled.compile_module", refused)
+    assert "the compiler was asked" in refuse("generate", folder / "writer", "--compiled", "--device", "cpu")
+
+
 def test_what_cannot_be_compiled_is_refused_by_its_option(folder):
     told = refuse("generate", folder / "writer", "--compiled", "--precision", "int4", "--device", "cpu")
     assert "`precision` must be fp32, bf16 or int8 where `compiled` is set, but is 'int4'" in told

@@ -45,7 +45,6 @@ class Compiled:
         head = Head(model, precision, banned)
         self.states = [list(layer.state_dict().values()) for layer in layers]
         self.head_state = list(head.state_dict().values())
-        self.num_bytes = sum(tensor.nbytes for state in [*self.states, self.head_state] for tensor in state)
         inputs, dynamic = self._example()
         of_shape: dict[str, Run] = {}
         for layer in layers:  # blocks of one shape share the code

@@ -125,8 +125,8 @@ class RowAttention(nn.Module):
     ) -> Attention:
         """As a block calls it, for which queries, keys and values are of the same row."""
         query, key, value = self.project(x, rotation)
-        for own, new in zip(cache.own, (key, value), strict=True):
-            own.copy_(new)
+        for place, new in zip(cache.own, (key, value), strict=True):
+            place.copy_(new)
         keys, values = (held.transpose(0, 1)[:, None] for held in cache.before)  # [kv_heads, 1, before, head_dim]
         query = query.view(self.kv_heads, -1, 1, self.head_dim)
         before = (query * keys).sum(-1) * self.scale  # [kv_heads, group, before]
@@ -192,6 +192,11 @@ class Head(nn.Module):
 def with_rows(module: Module, precision: Precision) -> Module:
     """A copy whose attention, experts and linear layers are those of one row."""
     module = copy.deepcopy(module)
+    _replace(module, precision)
+    return module.eval()
+
+
+def _replace(module: nn.Module, precision: Precision) -> None:
     for name, part in list(module.named_children()):
         match part:
             case MultiHeadAttention():
@@ -201,5 +206,4 @@ def with_rows(module: Module, precision: Precision) -> Module:
             case nn.Linear():
                 setattr(module, name, RowLinear(part.weight, part.bias, precision))
             case _:
-                setattr(module, name, with_rows(part, precision))
-    return module.eval()
+                _replace(part, precision)
