@@ -277,7 +277,7 @@ def engine_texts(write: Callable[[Path], Path], read: Callable[[Path], engines.T
 
 
 def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, Callable[[], Work]]]:
-    """Everyone's settings; transformers and CTranslate2 have none of 4 bits, OpenVINO no GPT-2."""
+    """Everyone's settings; transformers, CTranslate2 and compiled code have none of 4 bits, OpenVINO no GPT-2."""
     given = (shape, rows, precision)
     flash = {"without": False, "with": True}
     known: dict[str, dict[str, Callable[[], Work]]] = {
@@ -288,7 +288,7 @@ def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, 
             f"{precision}, {name} flash attention": partial(llama_cpp_texts, *given, on) for name, on in flash.items()
         },
     }
-    if rows == 1 and precision != "int4":  # one text after another, and none of 4 bits
+    if precision != "int4":
         known["triglot, compiled"] = {precision: partial(our_texts, *given, compiles=True)}
     if shape.startswith("SmolLM2"):
         known["OpenVINO GenAI"] = {

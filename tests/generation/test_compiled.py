@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils import _pytree
 
 from triglot.config import BlockOptions, ExpertOptions
@@ -86,21 +88,23 @@ EXPERTS = ExpertOptions(num_experts=5, top_k=2, router="sigmoid", shared=1, ever
 @pytest.mark.parametrize(
     "changes", [{"positions": "relative", "qk_norm": "head", "num_kv_heads": None}, {"experts": EXPERTS}]
 )
-def test_what_is_exported_takes_texts_of_any_length(changes, monkeypatch):
+@pytest.mark.parametrize("prompts", [PROMPTS[1:2], PROMPTS[1:]])
+def test_what_is_exported_takes_texts_of_any_length(prompts, changes, monkeypatch):
     options = replace(LLAMA, **changes)
 
     def of_program(module, inputs, dynamic):
         return interpreted(module, inputs, dynamic, compiled.exported(module, inputs, dynamic).module())
 
     monkeypatch.setattr(compiled, "compile_module", of_program)
-    for found, expected in logits_of(make_model(options), [4, 8], PROMPTS[1:]):  # its guards want two tokens before
+    for found, expected in logits_of(make_model(options), [4, 8], prompts):  # its guards want two tokens before
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_a_row_is_multiplied_as_a_linear_layer_does_it(precision):
+def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, rows):
     torch.manual_seed(1)
-    layer, x = torch.nn.Linear(37, 51), torch.randn(1, 1, 37)
+    layer, x = torch.nn.Linear(37, 51), torch.randn(rows, 1, 37)
     found = RowLinear(layer.weight, layer.bias, precision)(x)
     torch.testing.assert_close(found, layer(x), rtol=0, atol=TOLERANCE[precision])
 
@@ -123,21 +127,45 @@ def test_compiled_code_says_what_the_model_says_whatever_the_length_and_company(
 
 @pytest.mark.usefixtures("code")
 def test_what_was_compiled_is_not_compiled_again(monkeypatch):
-    Compiled(make_model(), "fp32")
+    Compiled(make_model(), "fp32").code(1)
     monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
     other = make_model()
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(1.5)
-    Compiled(other, "fp32")
+    Compiled(other, "fp32").code(1)
 
 
-def test_a_row_taken_twice_goes_on_in_two_ways():
-    texts = compiled.CompiledTexts(None, [torch.zeros(2), torch.ones(2)], [3, 4])
-    texts.select(torch.tensor([1, 1, 0]))
-    texts.held[0][0] = 5
-    assert [row.tolist() for row in texts.held] == [[5, 1], [1, 1], [0, 0]]
-    assert texts.ends == [4, 4, 3]
+class Echo:
+    """Has each token be its own key, value and logit."""
+
+    def step(self, tokens, group):
+        group._own[:] = tokens[:, None, None].float()
+        return tokens[:, None].float()
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=19), st.data())
+def test_texts_go_on_from_their_own_tokens_however_they_are_chosen(lengths, data):
+    prompts = [list(range(first, first + length)) for first, length in enumerate(lengths)]
+    held = [torch.tensor(ids).view(1, 1, -1, 1, 1).expand(2, 3, -1, 1, 2).float() for ids in prompts]
+    texts = compiled.CompiledTexts(Echo(), held, capacity=9)
+    for token in range(100, 106):
+        fed = [token + 10 * place for place in range(len(prompts))]
+        assert texts.step(torch.tensor(fed)).flatten().tolist() == fed
+        prompts = [[*ids, new] for ids, new in zip(prompts, fed, strict=True)]
+        for ids, (group, place) in zip(prompts, texts.places, strict=True):
+            assert torch.equal(group.text(place), torch.tensor(ids).view(-1, 1, 1).expand(2, 3, -1, 1, 2))
+        places = st.integers(0, len(prompts) - 1)
+        kept = data.draw(st.lists(places, min_size=1, max_size=19) | st.lists(places, min_size=1, unique=True))
+        texts.select(torch.tensor(kept))
+        prompts = [prompts[place] for place in kept]
+
+
+def test_few_calls_read_all_texts():
+    for texts in range(1, 40):
+        sizes = compiled.group_sizes(texts)
+        assert len(sizes) == -(-texts // compiled.TOGETHER)
+        assert texts <= sum(sizes)
 
 
 def test_an_engine_writes_by_compiled_code_where_it_is_asked_to(make, monkeypatch):
@@ -172,4 +200,4 @@ def test_guesses_are_refused(make):
 def test_a_machine_without_a_compiler_is_told(monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
     with pytest.raises(ConfigError, match=r"`compiled` must be left out where there is no C\+\+ compiler"):
-        Compiled(make_model(replace(LLAMA, activation="geglu_tanh")), "fp32")
+        Compiled(make_model(replace(LLAMA, activation="geglu_tanh")), "fp32").code(1)

@@ -1,7 +1,7 @@
-"""A decoder-only model's blocks and projection as they read one token of one text: what `compiled.py` compiles.
+"""A decoder-only model's blocks and projection as they read one token of each text: what `compiled.py` compiles.
 
 The blocks are the model's own (`blocks.py`), with other parts: projections that read few bytes, attention and experts
-of one row, written so that the compiler makes few loops of them, since threads wait for each other after each.
+of a few rows, written so that the compiler makes few loops of them, since threads wait for each other after each.
 """
 
 import copy
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,16 +24,21 @@ from triglot.layers.positions import Rotation
 from triglot.layers.routing import choose
 from triglot.models.decoder_only import DecoderLLM
 
-Row = Float[Tensor, "1 1 width"]
-Held = Float[Tensor, "before kv_heads head_dim"]
-Own = Float[Tensor, "kv_heads head_dim"]
+Rows = Float[Tensor, "rows 1 width"]
+Held = Float[Tensor, "before rows kv_heads head_dim"]
+Own = Float[Tensor, "rows kv_heads head_dim"]
 Module = TypeVar("Module", bound=nn.Module)
 Turn = tuple[Tensor, ...]
 """The parts of a `Rotation`."""
+LANES = 16
+"""Outputs whose sums are taken side by side."""
 
 
 class RowLinear(nn.Module):
-    """x Wᵀ + b of one row, in fp32, whatever the weights are held in: int8 with a scale for each output, bf16, fp32."""
+    """x Wᵀ + b of few rows, in fp32, whatever weights are held in: int8 with a scale per output, bf16, fp32.
+
+    They are held as they are read, for LANES outputs at a time: a vector of sums, one for each, needs no adding up.
+    """
 
     weight: Tensor
     scale: Tensor | None
@@ -45,32 +51,35 @@ class RowLinear(nn.Module):
         precision: Precision,
     ) -> None:
         super().__init__()
-        scale, weight = None, weight.detach().float()
+        scale, weight, self.outputs = None, weight.detach().float(), weight.size(-2)
         if precision == "int8":
             scale = weight.abs().amax(-1).clamp_min(LEAST) / 127
             weight = (weight / scale[..., None]).round().to(torch.int8)
         elif precision == "bf16":
             weight = weight.to(torch.bfloat16)
-        self.register_buffer("weight", weight)
+        weight = F.pad(weight, (0, 0, 0, -self.outputs % LANES)).unflatten(-2, (-1, LANES))
+        self.register_buffer("weight", weight.transpose(-1, -2).contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
-    def forward(self, x: Row, expert: Int[Tensor, "1"] | None = None) -> Float[Tensor, "1 1 outputs"]:
+    def forward(self, x: Rows, expert: Int[Tensor, "1"] | None = None) -> Float[Tensor, "rows 1 outputs"]:
         """By the weights, or those of one `expert`, which are read where they stand."""
-        row = written(x.flatten())
+        rows = written(x.flatten(1)).unbind()
         weight, scale, bias = (
             part if part is None or expert is None else part.index_select(0, expert)[0]
             for part in (self.weight, self.scale, self.bias)
         )
         assert weight is not None
-        # Two sums in one loop: neither waits for its own last addition.
-        y = torch.cat([(row * part).sum(1) for part in weight.chunk(2)])
+        # One loop over the weights for all rows; one row's makes two vectors in turns, so that none waits for its sum.
+        parts = weight.chunk(2 if len(x) == 1 else 1)
+        sums = [torch.cat([(row[:, None] * part).sum(1) for part in parts]) for row in rows]
+        y = torch.stack(sums).flatten(1)[:, : self.outputs]
         y = y if scale is None else y * scale
-        return (y if bias is None else y + bias)[None, None]
+        return (y if bias is None else y + bias)[:, None]
 
 
 class RowExperts(nn.Module):
-    """`MixtureOfExperts` of one row."""
+    """`MixtureOfExperts` of few rows, one after another."""
 
     selection_bias: Tensor | None
 
@@ -84,13 +93,23 @@ class RowExperts(nn.Module):
         self.outer = RowLinear(moe.outer, moe.outer_bias, precision)
         self.shared = None if moe.shared is None else with_rows(moe.shared, precision)
 
-    def forward(self, x: Row) -> Row:
-        choice = self.choose(self.router(x), torch.ones(1, 1, dtype=torch.bool), bias=self.selection_bias)
+    def forward(self, x: Rows) -> Rows:
+        choice = self.choose(self.router(x), torch.ones(len(x), 1, dtype=torch.bool), bias=self.selection_bias)
         y = torch.zeros_like(x) if self.shared is None else self.shared(x)
+        parts = zip(x.split(1), y.split(1), choice.experts.flatten(0, 1), choice.weights.flatten(0, 1), strict=True)
+        return torch.cat([self.mix(*of_row) for of_row in parts])
+
+    def mix(
+        self,
+        x: Float[Tensor, "1 1 width"],
+        y: Float[Tensor, "1 1 width"],
+        experts: Int[Tensor, " k"],
+        weights: Float[Tensor, " k"],
+    ) -> Float[Tensor, "1 1 width"]:
+        """What the experts of one row say, weighted, and `y`."""
         for rank in range(self.k):
-            expert = choice.experts[0, 0, rank, None]
-            inner = activate(self.inner(x, expert), self.activation)
-            y = y + choice.weights[0, 0, rank] * self.outer(inner, expert)
+            inner = activate(self.inner(x, experts[rank, None]), self.activation)
+            y = y + weights[rank] * self.outer(inner, experts[rank, None])
         return y
 
 
@@ -100,7 +119,7 @@ def written(x: Tensor) -> Tensor:
 
 
 class Token(NamedTuple):
-    """What a layer has read before one token, and where it writes what it reads of that."""
+    """What a layer has read of each text before one token, and where it writes what it reads of that."""
 
     before: tuple[Held, Held]
     """Keys and values."""
@@ -108,7 +127,7 @@ class Token(NamedTuple):
 
 
 class RowAttention(nn.Module):
-    """`MultiHeadAttention` of one row, to what was read before and to itself."""
+    """`MultiHeadAttention` of one token of each text, to what was read of it before and to itself."""
 
     def __init__(self, attention: MultiHeadAttention, precision: Precision) -> None:
         super().__init__()
@@ -121,57 +140,58 @@ class RowAttention(nn.Module):
         self.scale = self.head_dim**-0.5 if attention.scale else 1.0
 
     def forward(
-        self, x: Row, *_: Any, cache: Token, rotation: Rotation | None, bias: Tensor | None, **_also: Any
+        self, x: Rows, *_: Any, cache: Token, rotation: Rotation | None, bias: Tensor | None, **_also: Any
     ) -> Attention:
         """As a block calls it, for which queries, keys and values are of the same row."""
         query, key, value = self.project(x, rotation)
         for place, new in zip(cache.own, (key, value), strict=True):
             place.copy_(new)
-        keys, values = (held.transpose(0, 1)[:, None] for held in cache.before)  # [kv_heads, 1, before, head_dim]
-        query = query.view(self.kv_heads, -1, 1, self.head_dim)
-        before = (query * keys).sum(-1) * self.scale  # [kv_heads, group, before]
-        own = (query * key[:, None, None]).sum(-1) * self.scale
+        # [rows, kv_heads, 1, before, head_dim]
+        keys, values = (held.permute(1, 2, 0, 3)[:, :, None] for held in cache.before)
+        query = query.unflatten(1, (self.kv_heads, -1))[:, :, :, None]
+        before = (query * keys).sum(-1) * self.scale  # [rows, kv_heads, group, before]
+        own = (query * key[:, :, None, None]).sum(-1) * self.scale
         if bias is not None:
-            by_head = bias.view(*before.shape[:2], -1)
+            by_head = bias.expand(-1, self.heads, -1, -1).reshape(*before.shape[:3], -1)
             before, own = before + by_head[..., :-1], own + by_head[..., -1:]
         largest = torch.maximum(before.amax(-1, keepdim=True), own)
         before, own = (before - largest).exp(), (own - largest).exp()
-        mixed = (before[..., None] * values).sum(2) + own * value[:, None]
+        mixed = (before[..., None] * values).sum(3) + own * value[:, :, None]
         mixed = mixed / (before.sum(-1, keepdim=True) + own)  # once, and not each weight
-        return Attention(self.outer(mixed.view(1, 1, -1)), None)
+        return Attention(self.outer(mixed.view(len(x), 1, -1)), None)
 
-    def project(self, x: Row, rotation: Rotation | None) -> list[Float[Tensor, "some head_dim"]]:
+    def project(self, x: Rows, rotation: Rotation | None) -> list[Float[Tensor, "rows some head_dim"]]:
         """Queries, keys and values."""
         sizes = [self.heads, self.kv_heads, self.kv_heads]
-        heads = self.inner(x).view(-1, self.head_dim)
+        heads = self.inner(x).view(len(x), -1, self.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key, value = (part.reshape(1, 1, -1) for part in heads.split(sizes))
+            query, key, value = (part.reshape(len(x), 1, -1) for part in heads.split(sizes, 1))
             parts = normalised(query, self.query_norm), normalised(key, self.key_norm), value
-            heads = torch.cat(parts, -1).view(-1, self.head_dim)
+            heads = torch.cat(parts, -1).view_as(heads)
         if rotation is not None:
-            both, value = heads.split([self.heads + self.kv_heads, self.kv_heads])
-            query, key = written(turned(both, rotation)).split(sizes[:2])
+            both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            query, key = written(turned(both, rotation)).split(sizes[:2], 1)
             return [query, key, value]
-        return list(heads.split(sizes))
+        return list(heads.split(sizes, 1))
 
 
-def turned(heads: Float[Tensor, "some head_dim"], rotation: Rotation) -> Float[Tensor, "some head_dim"]:
+def turned(heads: Float[Tensor, "rows some head_dim"], rotation: Rotation) -> Float[Tensor, "rows some head_dim"]:
     """`rotate` in one loop: halves change places by their numbers, and are not written side by side."""
-    swapped = heads.view(len(heads), 2, -1).flip(1).view_as(heads)
-    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(heads.size(1) // 2)
-    return heads * rotation.cos[0] + swapped * (rotation.sin[0] * sign)
+    swapped = heads.unflatten(2, (2, -1)).flip(2).view_as(heads)
+    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(heads.size(2) // 2)
+    return heads * rotation.cos + swapped * (rotation.sin * sign)
 
 
 class OneToken(nn.Module):
-    """A block that reads one token of one text, its parts replaced."""
+    """A block that reads one token of each text, its parts replaced."""
 
     def __init__(self, block: Block, precision: Precision) -> None:
         super().__init__()
         self.block = with_rows(block, precision)
 
     def forward(
-        self, x: Row, before: tuple[Held, Held], own: tuple[Own, Own], rotation: Turn | None, bias: Tensor | None
-    ) -> Row:
+        self, x: Rows, before: tuple[Held, Held], own: tuple[Own, Own], rotation: Turn | None, bias: Tensor | None
+    ) -> Rows:
         turn = None if rotation is None else Rotation(*rotation)
         return self.block.run(x, rotation=turn, position_bias=bias, cache=Token(before, own)).x  # type: ignore[arg-type]  # what RowAttention takes
 
@@ -184,13 +204,13 @@ class Head(nn.Module):
         self.norm, self.scale = copy.deepcopy(model.final_norm), model.output_scale
         self.projection = RowLinear(*filled_up_projection(model.lm_head, banned), precision)
 
-    def forward(self, x: Row) -> Float[Tensor, "1 1 filled_up_vocab"]:
+    def forward(self, x: Rows) -> Float[Tensor, "rows 1 filled_up_vocab"]:
         hidden = self.norm(x)
         return self.projection(hidden if self.scale is None else hidden * self.scale)
 
 
 def with_rows(module: Module, precision: Precision) -> Module:
-    """A copy whose attention, experts and linear layers are those of one row."""
+    """A copy whose attention, experts and linear layers are those of few rows."""
     module = copy.deepcopy(module)
     _replace(module, precision)
     return module.eval()
