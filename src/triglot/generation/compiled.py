@@ -5,17 +5,14 @@ their price. So a block that reads one token (`one_token.py`) is exported and co
 AOTInductor): it becomes one call, and all blocks, being of one shape, share the code. Several texts are read by code
 for TOGETHER of them, whose loops over the weights serve all.
 
-Weights are rounded and rows are not, unlike in `prepared.py`, so that log-probabilities are others than there. Both
-codes take each text's sums in the same order, and what is hidden weighs exactly nothing: what a text becomes does not
-depend on its company here either.
+Weights are rounded and rows are not, unlike in `prepared.py`, so that log-probabilities are others than there. What a
+text becomes does not depend on its company here either: both codes take its sums in the same order, what is hidden
+weighs exactly nothing, and where a compiler has done otherwise, which is seen before the first texts are read
+together, each is read alone.
 """
 
-import hashlib
-import platform
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from triglot.errors import ConfigError
+from triglot.generation.aot import Run, compile_module
 from triglot.generation.one_token import Head, OneToken, Rows, Turn
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import start_texts
@@ -31,15 +28,16 @@ from triglot.layers.attend import FORBIDDEN
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
 
-Run = Callable[[list[Tensor]], list[Tensor]]
-"""Compiled code, from inputs and state in one list."""
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "aot_inductor.check_lowerbound": False}
 LONGEST = 2**30
 """Tokens before a text's last one, at most."""
 
 
 TOGETHER = 8
 """Texts that are read by one call; a single one is read by code of its own."""
+GRAIN = {1: 2**13, TOGETHER: 2**9}
+"""Operations that are worth a thread; of one row so many that no norm is shared by two, who would add up otherwise."""
+LENGTHS = [2, 3, 5, 17, 24, 31, 64, 100]
+"""Of texts that are read together and alone, to see whether they become the same: full vectors of 16 and some more."""
 
 
 class Code(NamedTuple):
@@ -66,6 +64,17 @@ class Compiled:
             self._code[rows] = self._compile(rows)
         return self._code[rows]
 
+    @cached_property
+    def together(self) -> int:
+        """Texts that one call reads: one, where the compiler has made code that takes sums of several otherwise."""
+        lengths = [min(length, self.model.max_seq_length - 1) for length in LENGTHS]
+        draw, sizes = torch.Generator().manual_seed(0), (self.model.num_kv_heads, self.model.head_dim)
+        texts = [torch.randn(2, len(self.layers), length, *sizes, generator=draw) for length in lengths]
+        tokens = torch.randint(self.model.vocab_size, (TOGETHER,), generator=draw)
+        at_once = self.step(tokens, Group(texts, TOGETHER, max(lengths) + 1))
+        alone = [self.step(tokens[[row]], Group([text], 1, text.size(2) + 1)) for row, text in enumerate(texts)]
+        return TOGETHER if at_once.equal(torch.cat(alone)) else 1
+
     @torch.inference_mode(mode=False)  # of which a program knows nothing
     @torch.no_grad()
     def _compile(self, rows: int) -> Code:
@@ -73,8 +82,8 @@ class Compiled:
         of_shape: dict[str, Run] = {}
         for layer in self.layers:  # blocks of one shape share the code
             if (shape := _shape_of(layer)) not in of_shape:
-                of_shape[shape] = compile_module(layer, inputs, dynamic)
-        head = compile_module(self.head, (inputs[0],), (None,))
+                of_shape[shape] = compile_module(layer, inputs, dynamic, GRAIN[rows])
+        head = compile_module(self.head, (inputs[0],), (None,), GRAIN[rows])
         return Code([of_shape[_shape_of(layer)] for layer in self.layers], head)
 
     def _example(self, rows: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -161,12 +170,11 @@ class CompiledTexts:
         self._arrange(texts)
 
     def _arrange(self, texts: Sequence[Float[Tensor, "2 layers _ kv_heads head_dim"]]) -> None:
-        sizes = group_sizes(len(texts))
-        parts = [texts[first : first + TOGETHER] for first in range(0, len(texts), TOGETHER)]
-        self.groups = [Group(part, rows, self.capacity) for part, rows in zip(parts, sizes, strict=True)]
-        self.places = [
-            (group, place) for group, part in zip(self.groups, parts, strict=True) for place in range(len(part))
-        ]
+        self.groups, self.places = list[Group](), list[tuple[Group, int]]()
+        for rows in group_sizes(len(texts), self.compiled):
+            some = texts[len(self.places) : len(self.places) + rows]
+            self.groups.append(Group(some, rows, self.capacity))
+            self.places += [(self.groups[-1], place) for place in range(len(some))]
 
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " texts"]) -> Float[Tensor, "texts filled_up_vocab"]:
@@ -184,16 +192,19 @@ class CompiledTexts:
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these texts, in this order; one may be taken more than once."""
         chosen = [self.places[row] for row in rows.tolist()]
-        if len(set(chosen)) == len(chosen) and group_sizes(len(chosen)) == [len(group.ends) for group in self.groups]:
+        if len(set(chosen)) == len(chosen) and group_sizes(len(chosen), self.compiled) == [
+            len(group.ends) for group in self.groups
+        ]:
             self.places = chosen
         else:
             self._arrange([group.text(place) for group, place in chosen])
 
 
-def group_sizes(texts: int) -> list[int]:
-    """How many are read by each call, so that these are few."""
-    whole, rest = divmod(texts, TOGETHER)
-    return [TOGETHER] * whole + ([] if rest == 0 else [1] if rest == 1 else [TOGETHER])
+def group_sizes(texts: int, compiled: Compiled) -> list[int]:
+    """How many are read by each call."""
+    together = 1 if texts == 1 else compiled.together
+    whole, rest = divmod(texts, together)
+    return [together] * whole + ([] if rest == 0 else [1] if rest == 1 else [together])
 
 
 @torch.inference_mode()
@@ -201,69 +212,9 @@ def start_compiled(
     compiled: Compiled, prepared: Prepared, prompts: Sequence[Sequence[int]], most: int
 ) -> tuple[Float[Tensor, "texts filled_up_vocab"], CompiledTexts]:
     """`start_texts` for texts that go on by compiled code; prompts are read by `prepared`."""
-    for rows in group_sizes(len(prompts)):
+    for rows in group_sizes(len(prompts), compiled):
         compiled.code(rows)  # before any work
     lengths, width = [len(ids) for ids in prompts], compiled.model.head_dim
     logits, steps = start_texts(prepared, prompts, max(lengths))
     held = [steps.held.both[:, :, row, :, :length, :width].transpose(2, 3) for row, length in enumerate(lengths)]
     return logits, CompiledTexts(compiled, held, most)
-
-
-class Stateless(nn.Module):
-    """A module that is given its own tensors, so that modules of one shape share code."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.of = [module]  # in a list, so that its tensors are none of this one's
-        self.names = list(module.state_dict())
-
-    def forward(self, inputs: tuple[Any, ...], state: list[Tensor]) -> Tensor:
-        result: Tensor = torch.func.functional_call(self.of[0], dict(zip(self.names, state, strict=True)), inputs)
-        return result
-
-
-def exported(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    """The module's code as a program over its inputs, of which some sizes are `dynamic`, and its state."""
-    state = list(module.state_dict().values())
-    dynamic_shapes = {"inputs": dynamic, "state": [None] * len(state)}
-    return torch.export.export(Stateless(module), (inputs, state), dynamic_shapes=dynamic_shapes)
-
-
-def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Run:
-    """The module's code, compiled unless it was before: it is kept where PyTorch keeps what it has compiled."""
-    program = exported(module, inputs, dynamic)
-    path = _folder() / f"{_key(str(program))}.pt2"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            package = Path(folder) / path.name
-            _compile(program, str(package))
-            package.replace(path)
-    run: Run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
-    return run
-
-
-def _compile(program: torch.export.ExportedProgram, package: str) -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        rule = "left out where there is no C++ compiler (g++, or what the variable CXX names)"
-        raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch's, of itself
-        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=OPTIONS)
-
-
-def _folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir()) / "triglot"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _key(program: str) -> str:
-    """Of code for this very machine and as many threads."""
-    also = platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__, OPTIONS
-    return hashlib.sha256(f"{program}{also}".encode()).hexdigest()

@@ -5,8 +5,8 @@ of a few rows, written so that the compiler makes few loops of them, since threa
 """
 
 import copy
+import functools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -32,6 +32,8 @@ Turn = tuple[Tensor, ...]
 """The parts of a `Rotation`."""
 LANES = 16
 """Outputs whose sums are taken side by side."""
+LONGEST_SUM = 4096
+"""Numbers that are added up one after another."""
 
 
 class RowLinear(nn.Module):
@@ -70,12 +72,43 @@ class RowLinear(nn.Module):
             for part in (self.weight, self.scale, self.bias)
         )
         assert weight is not None
-        # One loop over the weights for all rows; one row's makes two vectors in turns, so that none waits for its sum.
-        parts = weight.chunk(2 if len(x) == 1 else 1)
-        sums = [torch.cat([(row[:, None] * part).sum(1) for part in parts]) for row in rows]
+        # One loop over the weights for all rows.
+        parts = weight.chunk(in_turns(len(weight), weight.size(1), len(x)))
+        sums = [torch.cat([total(row, part) for part in parts]) for row in rows]
         y = torch.stack(sums).flatten(1)[:, : self.outputs]
         y = y if scale is None else y * scale
         return (y if bias is None else y + bias)[:, None]
+
+
+def total(
+    row: Float[Tensor, " inputs"], weight: Float[Tensor, "vectors inputs lanes"]
+) -> Float[Tensor, "vectors lanes"]:
+    """Sums of products; long ones in parts, which the compiler would else make by a function, and one row's not."""
+    parts = zip(row.split(LONGEST_SUM), weight.split(LONGEST_SUM, 1), strict=True)
+    return functools.reduce(torch.add, [(some[:, None] * part).sum(1) for some, part in parts])
+
+
+def in_turns(vectors: int, inputs: int, rows: int) -> int:
+    """How many vectors of sums a loop makes in turns, so that none of them waits for its last addition.
+
+    Not so many that the compiler had threads share the sums, which it does where they are few and long.
+    """
+    threads = torch.get_num_threads()
+    shared = (some for some in (4, 3, 2) if vectors % (some * threads) == 0 and vectors // some * 300 >= inputs)
+    return 1 if rows > 1 else next(shared, 1)
+
+
+class RowNorm(nn.Module):
+    """`nn.LayerNorm`, its sums written out: how the compiler takes a variance depends on how many rows there are."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Rows) -> Rows:
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return normed * self.weight + self.bias
 
 
 class RowExperts(nn.Module):
@@ -85,7 +118,7 @@ class RowExperts(nn.Module):
 
     def __init__(self, moe: MixtureOfExperts, precision: Precision) -> None:
         super().__init__()
-        self.choose = partial(choose, router=moe.kind, k=moe.k, renormalize=moe.renormalize)
+        self.choose = functools.partial(choose, router=moe.kind, k=moe.k, renormalize=moe.renormalize)
         self.activation, self.k = moe.activation, moe.k
         self.register_buffer("selection_bias", moe.selection_bias)
         self.router = RowLinear(moe.router.weight, moe.router.bias, "fp32")
@@ -114,7 +147,8 @@ class RowExperts(nn.Module):
 
 
 def written(x: Tensor) -> Tensor:
-    """`x`, which the compiler would else make anew for each output that is made of it."""
+    """`x`, row by row, which the compiler would else make anew for each output that is made of it, or turn over."""
+    x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
 
 
@@ -149,7 +183,7 @@ class RowAttention(nn.Module):
         # [rows, kv_heads, 1, before, head_dim]
         keys, values = (held.permute(1, 2, 0, 3)[:, :, None] for held in cache.before)
         query = query.unflatten(1, (self.kv_heads, -1))[:, :, :, None]
-        before = (query * keys).sum(-1) * self.scale  # [rows, kv_heads, group, before]
+        before = written((query * keys).sum(-1)) * self.scale  # [rows, kv_heads, group, before]
         own = (query * key[:, :, None, None]).sum(-1) * self.scale
         if bias is not None:
             by_head = bias.expand(-1, self.heads, -1, -1).reshape(*before.shape[:3], -1)
@@ -201,7 +235,7 @@ class Head(nn.Module):
 
     def __init__(self, model: DecoderLLM, precision: Precision, banned: Sequence[int]) -> None:
         super().__init__()
-        self.norm, self.scale = copy.deepcopy(model.final_norm), model.output_scale
+        self.norm, self.scale = with_rows(model.final_norm, precision), model.output_scale
         self.projection = RowLinear(*filled_up_projection(model.lm_head, banned), precision)
 
     def forward(self, x: Rows) -> Float[Tensor, "rows 1 filled_up_vocab"]:
@@ -210,20 +244,20 @@ class Head(nn.Module):
 
 
 def with_rows(module: Module, precision: Precision) -> Module:
-    """A copy whose attention, experts and linear layers are those of few rows."""
-    module = copy.deepcopy(module)
-    _replace(module, precision)
-    return module.eval()
+    """A copy whose attention, experts, linear layers and norms are those of few rows."""
+    return _with_rows(copy.deepcopy(module), precision).eval()  # type: ignore[return-value]  # all but its parts
 
 
-def _replace(module: nn.Module, precision: Precision) -> None:
+def _with_rows(module: nn.Module, precision: Precision) -> nn.Module:
+    match module:
+        case MultiHeadAttention():
+            return RowAttention(module, precision)
+        case MixtureOfExperts():
+            return RowExperts(module, precision)
+        case nn.Linear():
+            return RowLinear(module.weight, module.bias, precision)
+        case nn.LayerNorm():
+            return RowNorm(module)
     for name, part in list(module.named_children()):
-        match part:
-            case MultiHeadAttention():
-                setattr(module, name, RowAttention(part, precision))
-            case MixtureOfExperts():
-                setattr(module, name, RowExperts(part, precision))
-            case nn.Linear():
-                setattr(module, name, RowLinear(part.weight, part.bias, precision))
-            case _:
-                _replace(part, precision)
+        setattr(module, name, _with_rows(part, precision))
+    return module

@@ -1,0 +1,82 @@
+"""A module as compiled code: exported (`torch.export`), compiled to C++ by AOTInductor, and kept for the next time."""
+
+import hashlib
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triglot.errors import ConfigError
+
+Run = Callable[[list[Tensor]], list[Tensor]]
+"""Compiled code, from inputs and state in one list."""
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "aot_inductor.check_lowerbound": False}
+
+
+class Stateless(nn.Module):
+    """A module that is given its own tensors, so that modules of one shape share code."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.of = [module]  # in a list, so that its tensors are none of this one's
+        self.names = list(module.state_dict())
+
+    def forward(self, inputs: tuple[Any, ...], state: list[Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(self.of[0], dict(zip(self.names, state, strict=True)), inputs)
+        return result
+
+
+def exported(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """The module's code as a program over its inputs, of which some sizes are `dynamic`, and its state."""
+    state = list(module.state_dict().values())
+    dynamic_shapes = {"inputs": dynamic, "state": [None] * len(state)}
+    return torch.export.export(Stateless(module), (inputs, state), dynamic_shapes=dynamic_shapes)
+
+
+def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...], grain: int) -> Run:
+    """The module's code, compiled unless it was before: it is kept where PyTorch keeps what it has compiled.
+
+    `grain`: operations of a loop that are worth a thread.
+    """
+    options = OPTIONS | {"cpp.min_chunk_size": grain}
+    program = exported(module, inputs, dynamic)
+    path = _folder() / f"{_key(f'{program}{options}')}.pt2"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            package = Path(folder) / path.name
+            _compile(program, str(package), options)
+            package.replace(path)
+    run: Run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    return run
+
+
+def _compile(program: torch.export.ExportedProgram, package: str, options: dict[str, Any]) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        rule = "left out where there is no C++ compiler (g++, or what the variable CXX names)"
+        raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch's, of itself
+        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
+
+
+def _folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir()) / "triglot"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _key(program: str) -> str:
+    """Of code for this very machine and as many threads."""
+    also = platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__
+    return hashlib.sha256(f"{program}{also}".encode()).hexdigest()
