@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from triglot import losses
+from triglot import projected_loss
 from triglot.config import ExpertOptions
 from triglot.layers.moe import MixtureOfExperts
-from triglot.losses import IGNORED, expert_losses, projected_cross_entropy, token_cross_entropy
+from triglot.losses import IGNORED, expert_losses, token_cross_entropy
+from triglot.projected_loss import projected_cross_entropy
 
 BATCH, LENGTH, VOCAB = 2, 5, 11
 
@@ -142,7 +143,7 @@ def both(hidden, targets, projection, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_fused_with_the_projection_it_is_the_same_gradients_included(projected, chunk, smoothing, bias, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", (chunk, chunk))
+    monkeypatch.setattr(projected_loss, "CHUNK", (chunk, chunk))
     for ours, plain in zip(*both(*projected, nn.Linear(13, VOCAB, bias=bias), smoothing), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
@@ -213,7 +214,7 @@ def plain_r_drop(hidden, targets, projection, smoothing, weight):
 @pytest.mark.parametrize("chunk", [1, 6 * VOCAB, 1 << 20])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_r_drop_is_its_formula_gradients_included(projected, chunk, smoothing, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", (chunk, chunk))
+    monkeypatch.setattr(projected_loss, "CHUNK", (chunk, chunk))
     targets, layer = projected[1], nn.Linear(13, VOCAB)
     hidden = torch.randn(6, 7, 13)
     results = []

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from triglot.data.batch import Batch, PairBatch, targets_of, twice
 from triglot.layers.masks import create_masks
 from triglot.layers.routing import Routing
-from triglot.losses import ExpertLosses, expert_losses, projected_cross_entropy
+from triglot.losses import ExpertLosses, expert_losses
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
+from triglot.projected_loss import projected_cross_entropy
 
 Model = Transformer | DecoderLLM
 

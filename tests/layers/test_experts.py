@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triglot.layers import experts as experts_module
+from triglot.layers.activations import Activation, is_gated
 from triglot.layers.experts import BACKENDS, Assigned, Weights, best, can_group, mix
-from triglot.layers.feed_forward import Activation, is_gated
 
 WIDTH, INNER, EXPERTS = 16, 24, 5
 others = pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"loop"}))

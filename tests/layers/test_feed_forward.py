@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from triglot.layers.activations import Activation, activate
 from triglot.layers.dropout import dropout
-from triglot.layers.feed_forward import Activation, PointwiseFeedForward, activate
+from triglot.layers.feed_forward import PointwiseFeedForward
 
 BATCH, LENGTH, D_MODEL, D_FF = 2, 5, 11, 17
 activations = pytest.mark.parametrize("activation", get_args(Activation))

@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from triglot.layers.embedding import Embedding
-from triglot.layers.positions import (
-    LearnedPositions,
-    PositionalEncoding,
-    RelativePositions,
-    RotaryPositions,
-    rotate,
-    sinusoids,
-)
+from triglot.layers.positions import LearnedPositions, PositionalEncoding, RotaryPositions, rotate, sinusoids
+from triglot.layers.relative_positions import RelativePositions
 
 BATCH, LENGTH = 2, 5
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triglot.decoding.sampling import log_sum_exp
 from triglot.generation.prepared import IN_PLACE, activate_apart
-from triglot.layers.feed_forward import Activation, activate
+from triglot.layers.activations import Activation, activate
 from triglot.layers.vectors import VECTOR, filled_up, in_whole_vectors
 
 

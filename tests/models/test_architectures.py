@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from triglot.config import BlockOptions
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import SentenceSteps, start_texts
-from triglot.layers.feed_forward import activate
+from triglot.layers.activations import activate
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer

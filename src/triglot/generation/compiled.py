@@ -30,8 +30,6 @@ from triglot.models.decoder_only import DecoderLLM
 
 LONGEST = 2**30
 """Tokens before a text's last one, at most."""
-
-
 TOGETHER = 8
 """Texts that are read by one call; a single one is read by code of its own."""
 GRAIN = {1: 2**13, TOGETHER: 2**9}
@@ -65,6 +63,7 @@ class Compiled:
         return self._code[rows]
 
     @cached_property
+    @torch.inference_mode()
     def together(self) -> int:
         """Texts that one call reads: one, where the compiler has made code that takes sums of several otherwise."""
         lengths = [min(length, self.model.max_seq_length - 1) for length in LENGTHS]

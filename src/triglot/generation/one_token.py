@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from triglot.blocks import Block
 from triglot.generation.prepared import filled_up_projection
+from triglot.layers.activations import activate
 from triglot.layers.attention import Attention, MultiHeadAttention, normalised
-from triglot.layers.feed_forward import activate
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.packed import LEAST, Precision
 from triglot.layers.positions import Rotation

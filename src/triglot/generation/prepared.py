@@ -27,8 +27,9 @@ from triglot.generation.attention import (
     turn_table,
 )
 from triglot.generation.held import WIDTH, Held, Place
+from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
-from triglot.layers.feed_forward import Activation, PointwiseFeedForward, is_gated
+from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
 from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, Packer, Precision, pack

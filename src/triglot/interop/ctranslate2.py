@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from triglot.interop.tensors import require_file
+from triglot.layers.activations import is_gated
 from triglot.layers.attention import MultiHeadAttention
 from triglot.layers.embedding import Embedding
-from triglot.layers.feed_forward import PointwiseFeedForward, is_gated
+from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.norm import Residual
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
 from triglot.models.decoder_only import DecoderLLM

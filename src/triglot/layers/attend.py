@@ -50,6 +50,24 @@ def attend(
     return output
 
 
+def fused_kernel_pays(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch's fused kernel is the faster path: on processors not at short lengths, least of all in bf16."""
+    if query.device.type != "cpu":
+        return True
+    return key.size(2) > (128 if query.dtype == torch.float32 else 512)
+
+
+def cast_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What three projections read, in autocast's type, which else each of them would cast for itself."""
+    on = query.device.type
+    if not torch.is_autocast_enabled(on):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(on)
+    cast = query.to(dtype)
+    of_key = cast if key is query else key.to(dtype)
+    return cast, of_key, of_key if value is key else value.to(dtype)
+
+
 def _blocks(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice]]:
     if not causal:
         return [(slice(0, queries), slice(0, keys))]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from triglot.errors import require
-from triglot.layers.attend import attend
+from triglot.layers.attend import attend, cast_once, fused_kernel_pays
 from triglot.layers.cache import LayerCache, MemoryCache
 from triglot.layers.linear import Linear
 from triglot.layers.masks import check_mask, create_look_ahead_mask
@@ -44,24 +44,6 @@ def attention_weights(
         return scores.softmax(-1).to(query.dtype)
     scores = scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
     return scores.softmax(-1).masked_fill(~may_attend, 0.0).to(query.dtype)
-
-
-def fused_kernel_pays(query: Tensor, key: Tensor) -> bool:
-    """Whether PyTorch's fused kernel is the faster path: on processors not at short lengths, least of all in bf16."""
-    if query.device.type != "cpu":
-        return True
-    return key.size(2) > (128 if query.dtype == torch.float32 else 512)
-
-
-def cast_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What three projections read, in autocast's type, which else each of them would cast for itself."""
-    on = query.device.type
-    if not torch.is_autocast_enabled(on):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(on)
-    cast = query.to(dtype)
-    of_key = cast if key is query else key.to(dtype)
-    return cast, of_key, of_key if value is key else value.to(dtype)
 
 
 class MultiHeadAttention(nn.Module):

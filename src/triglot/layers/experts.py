@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from triglot.errors import require
+from triglot.layers.activations import Activation, activate, activate_again, is_gated, parts_of
 from triglot.layers.dropout import dropout
-from triglot.layers.feed_forward import Activation, activate, activate_again, is_gated, parts_of
 from triglot.layers.routing import places_in_queues
 
 Backend = Literal["loop", "segments", "grouped", "capacity", "few"]

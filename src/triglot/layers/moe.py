@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.errors import require
+from triglot.layers.activations import Activation, is_gated
 from triglot.layers.dropout import Dropout
 from triglot.layers.experts import BACKENDS, Assigned, Backend, Weights, mix
-from triglot.layers.feed_forward import Activation, PointwiseFeedForward, is_gated
+from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.masks import check_real
 from triglot.layers.routing import (
     Choice,

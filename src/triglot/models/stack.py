@@ -13,7 +13,7 @@ from triglot.errors import require
 from triglot.layers.cache import Cache
 from triglot.layers.embedding import Embedding
 from triglot.layers.norm import make_norm
-from triglot.layers.positions import RelativePositions
+from triglot.layers.relative_positions import RelativePositions
 from triglot.layers.routing import Routing
 
 Tokens = Int[Tensor, "batch length"]
