@@ -114,7 +114,7 @@ def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, rows):
 
 @pytest.mark.usefixtures("code")
 @pytest.mark.parametrize("norm", [pytest.param("layer", marks=pytest.mark.slow), "rms"])
-def test_compiled_code_says_what_the_model_says_whatever_the_length_and_company(norm):
+def test_compiled_code_says_what_the_model_says_whatever_the_length_and_company_and_is_kept(norm, monkeypatch):
     torch.manual_seed(0)
     model = DecoderLLM(VOCAB, 1040, 4, 1, 40, LONGEST, options=replace(LLAMA, norm=norm)).eval()
     for found, expected in logits_of(model, [4, 8, 15]):
@@ -130,16 +130,11 @@ def test_compiled_code_says_what_the_model_says_whatever_the_length_and_company(
     together = write(PROMPTS, [1, 2, 3])
     assert together == [write([prompt], [seed])[0] for seed, prompt in enumerate(PROMPTS, 1)]
 
-
-@pytest.mark.usefixtures("code")
-def test_what_was_compiled_is_not_compiled_again(monkeypatch):
-    Compiled(make_model(), "fp32").code(1)
     monkeypatch.setattr(aot, "_compile", lambda *_: pytest.fail("compiled again"))
-    other = make_model()
     with torch.no_grad():
-        for weight in other.parameters():
+        for weight in model.parameters():
             weight.mul_(1.5)
-    Compiled(other, "fp32").code(1)
+    Compiled(model, "fp32").code(1)
 
 
 class Echo:
