@@ -68,10 +68,12 @@ def code(tmp_path_factory):
         torch.set_num_threads(threads)
 
 
-def logits_of(model, fed, prompts=PROMPTS):
+def logits_of(model, fed, prompts=PROMPTS, together=None):
     """After each of the tokens that follow all prompts, beside those of the prepared model."""
-    prepared = Prepared(model)
-    _, steps = start_compiled(Compiled(model, "fp32"), prepared, prompts, LONGEST)
+    prepared, made = Prepared(model), Compiled(model, "fp32")
+    if together is not None:  # uncompiled code takes sums as it likes
+        made.together = together
+    _, steps = start_compiled(made, prepared, prompts, LONGEST)
     _, plain = start_texts(prepared, prompts, LONGEST)
     for token in fed:
         tokens = torch.full((len(prompts),), token)
@@ -79,9 +81,10 @@ def logits_of(model, fed, prompts=PROMPTS):
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_a_token_by_itself_is_read_as_the_model_reads_it(options):
+@pytest.mark.parametrize("together", [1, compiled.TOGETHER])
+def test_tokens_are_read_as_the_model_reads_them(options, together):
     options = replace(options, window=5)
-    for found, expected in logits_of(make_model(options), [4, 8, 15, 16, 23, 42]):
+    for found, expected in logits_of(make_model(options), [4, 8, 15, 16, 23, 42], together=together):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -99,7 +102,9 @@ def test_what_is_exported_takes_texts_of_any_length(prompts, changes, monkeypatc
         return interpreted(module, inputs, dynamic, grain, aot.exported(module, inputs, dynamic).module())
 
     monkeypatch.setattr(compiled, "compile_module", of_program)
-    for found, expected in logits_of(make_model(options), [4, 8], prompts):  # its guards want two tokens before
+    for found, expected in logits_of(
+        make_model(options), [4, 8], prompts, compiled.TOGETHER
+    ):  # its guards want two tokens before
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 

@@ -65,7 +65,13 @@ class Compiled:
     @cached_property
     @torch.inference_mode()
     def together(self) -> int:
-        """Texts that one call reads: one, where the compiler has made code that takes sums of several otherwise."""
+        """Texts that one call reads: one, where the compiler has made code that takes sums of several otherwise.
+
+        One, too, with experts, of which each text reads its own, and with a window, which begins at other places in
+        company, so that a text's sums might be taken in other parts.
+        """
+        if self.model.options.experts is not None or self.model.options.window is not None:
+            return 1
         lengths = [min(length, self.model.max_seq_length - 1) for length in LENGTHS]
         draw, sizes = torch.Generator().manual_seed(0), (self.model.num_kv_heads, self.model.head_dim)
         texts = [torch.randn(2, len(self.layers), length, *sizes, generator=draw) for length in lengths]
@@ -153,6 +159,9 @@ class Group:
         for row, end in enumerate(self.ends.tolist()):
             self.held[:, :, end, row] = self._own[:, :, row]
         self.ends[list(places)] += 1
+        others = torch.ones(len(self.ends), dtype=torch.bool)
+        others[list(places)] = False
+        self.ends[others] = self.ends[list(places)].min()  # so that they do not have more read than the texts need
 
     def text(self, place: int) -> Float[Tensor, "2 layers length kv_heads head_dim"]:
         """Keys and values of one text."""
@@ -191,10 +200,10 @@ class CompiledTexts:
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these texts, in this order; one may be taken more than once."""
         chosen = [self.places[row] for row in rows.tolist()]
-        if len(set(chosen)) == len(chosen) and group_sizes(len(chosen), self.compiled) == [
-            len(group.ends) for group in self.groups
-        ]:
-            self.places = chosen
+        groups = list(dict.fromkeys(group for group, _ in chosen))
+        sizes = sorted(len(group.ends) for group in groups)
+        if len(set(chosen)) == len(chosen) and sizes == sorted(group_sizes(len(chosen), self.compiled)):
+            self.places, self.groups = chosen, groups
         else:
             self._arrange([group.text(place) for group, place in chosen])
 
@@ -212,7 +221,7 @@ def start_compiled(
 ) -> tuple[Float[Tensor, "texts filled_up_vocab"], CompiledTexts]:
     """`start_texts` for texts that go on by compiled code; prompts are read by `prepared`."""
     for rows in group_sizes(len(prompts), compiled):
-        compiled.code(rows)  # before any work
+        compiled.code(rows)  # before the prompts are read
     lengths, width = [len(ids) for ids in prompts], compiled.model.head_dim
     logits, steps = start_texts(prepared, prompts, max(lengths))
     held = [steps.held.both[:, :, row, :, :length, :width].transpose(2, 3) for row, length in enumerate(lengths)]

@@ -34,6 +34,8 @@ LANES = 16
 """Outputs whose sums are taken side by side."""
 LONGEST_SUM = 4096
 """Numbers that are added up one after another."""
+FEW = 300
+"""Sums that are more than so many times as long as they are many are each shared by threads, if the compiler can."""
 
 
 class RowLinear(nn.Module):
@@ -94,7 +96,7 @@ def in_turns(vectors: int, inputs: int, rows: int) -> int:
     Not so many that the compiler had threads share the sums, which it does where they are few and long.
     """
     threads = torch.get_num_threads()
-    shared = (some for some in (4, 3, 2) if vectors % (some * threads) == 0 and vectors // some * 300 >= inputs)
+    shared = (some for some in (4, 3, 2) if vectors % (some * threads) == 0 and vectors // some * FEW >= inputs)
     return 1 if rows > 1 else next(shared, 1)
 
 
