@@ -158,10 +158,9 @@ class Group:
         """Have the tokens of these texts join what is held; what is in other places goes no further."""
         for row, end in enumerate(self.ends.tolist()):
             self.held[:, :, end, row] = self._own[:, :, row]
-        self.ends[list(places)] += 1
-        others = torch.ones(len(self.ends), dtype=torch.bool)
-        others[list(places)] = False
-        self.ends[others] = self.ends[list(places)].min()  # so that they do not have more read than the texts need
+        going = self.ends[list(places)] + 1
+        self.ends[:] = going.min()  # so that other places do not have more read than the texts need
+        self.ends[list(places)] = going
 
     def text(self, place: int) -> Float[Tensor, "2 layers length kv_heads head_dim"]:
         """Keys and values of one text."""
