@@ -1,6 +1,7 @@
 """A module as compiled code: exported (`torch.export`), compiled to C++ by AOTInductor, and kept for the next time."""
 
 import hashlib
+import itertools
 import platform
 import tempfile
 import warnings
@@ -15,7 +16,16 @@ from triglot.errors import ConfigError
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Compiled code, from inputs and state in one list."""
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "aot_inductor.check_lowerbound": False}
+OPTIONS = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "aot_inductor.check_lowerbound": False,
+    "memory_planning": True,  # one piece of memory for all that a call writes, not one for each
+}
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own tensors, those too that checkpoints leave out."""
+    return {name: part.detach() for name, part in itertools.chain(module.named_parameters(), module.named_buffers())}
 
 
 class Stateless(nn.Module):
@@ -24,16 +34,15 @@ class Stateless(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.of = [module]  # in a list, so that its tensors are none of this one's
-        self.names = list(module.state_dict())
+        self.names = list(state_of(module))
 
-    def forward(self, inputs: tuple[Any, ...], state: list[Tensor]) -> Tensor:
-        result: Tensor = torch.func.functional_call(self.of[0], dict(zip(self.names, state, strict=True)), inputs)
-        return result
+    def forward(self, inputs: tuple[Any, ...], state: list[Tensor]) -> Any:
+        return torch.func.functional_call(self.of[0], dict(zip(self.names, state, strict=True)), inputs)
 
 
 def exported(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> torch.export.ExportedProgram:
     """The module's code as a program over its inputs, of which some sizes are `dynamic`, and its state."""
-    state = list(module.state_dict().values())
+    state = list(state_of(module).values())
     dynamic_shapes = {"inputs": dynamic, "state": [None] * len(state)}
     return torch.export.export(Stateless(module), (inputs, state), dynamic_shapes=dynamic_shapes)
 
@@ -53,6 +62,12 @@ def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[An
             package.replace(path)
     run: Run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
     return run
+
+
+def bound(run: Run, module: nn.Module) -> Run:
+    """A module's code with its tensors, to be given inputs alone."""
+    state = list(state_of(module).values())
+    return lambda inputs: run([*inputs, *state])
 
 
 def _compile(program: torch.export.ExportedProgram, package: str, options: dict[str, Any]) -> None:

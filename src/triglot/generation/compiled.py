@@ -1,9 +1,9 @@
 """Texts that go on a few at a time, by compiled code: what a processor does for a token becomes loops over memory.
 
 A token of one text costs its weights, read once, and in Python many operations between them that are too small for
-their price. So a block that reads one token (`one_token.py`) is exported and compiled to C++ (`torch.export`,
-AOTInductor): it becomes one call, and all blocks, being of one shape, share the code. Several texts are read by code
-for TOGETHER of them, whose loops over the weights serve all.
+their price. So blocks that read one token (`one_token.py`) are exported and compiled to C++ (`torch.export`,
+AOTInductor): a few become one call, and all such calls, being of one shape, share the code. Several texts are read by
+code for TOGETHER of them, whose loops over the weights serve all.
 
 Weights are rounded and rows are not, unlike in `prepared.py`, so that log-probabilities are others than there. What a
 text becomes does not depend on its company here either: both codes take its sums in the same order, what is hidden
@@ -11,6 +11,7 @@ weighs exactly nothing, and where a compiler has done otherwise, which is seen b
 together, each is read alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,14 +21,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from triglot.generation.aot import Run, compile_module
-from triglot.generation.one_token import Head, OneToken, Rows, Turn
+from triglot.generation.aot import Run, bound, compile_module, state_of
+from triglot.generation.one_token import Blocks, Head, OneToken, Start
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import start_texts
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
 
+BLOCKS = 3, 2, 1
+"""Blocks that one call goes through: the first of these of which a model has a multiple."""
+BEFORE = 64
+"""Tokens before a text's last one, as the compiler is told, who has threads share the work of so many."""
 LONGEST = 2**30
 """Tokens before a text's last one, at most."""
 TOGETHER = 8
@@ -36,11 +41,14 @@ GRAIN = {1: 2**13, TOGETHER: 2**9}
 """Operations that are worth a thread; of one row so many that no norm is shared by two, who would add up otherwise."""
 LENGTHS = [2, 3, 5, 17, 24, 31, 64, 100]
 """Of texts that are read together and alone, to see whether they become the same: full vectors of 16 and some more."""
+ROUNDS = 8
+"""Tokens of each that are looked at: an exponential by other instructions changes the bits of one in ten."""
 
 
 class Code(NamedTuple):
-    """What reads a token of each of so many texts."""
+    """What reads a token of each of so many texts: calls one after another, with their weights."""
 
+    start: Run
     blocks: list[Run]
     head: Run
 
@@ -50,10 +58,10 @@ class Compiled:
 
     def __init__(self, model: DecoderLLM, precision: Precision, banned: Sequence[int] = ()) -> None:
         self.model = model
-        self.layers = [OneToken(layer, precision) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList tells of no kind
-        self.head = Head(model, precision, banned)
-        self.states = [list(layer.state_dict().values()) for layer in self.layers]
-        self.head_state = list(self.head.state_dict().values())
+        layers = [OneToken(layer, precision) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList tells of no kind
+        size = next(size for size in BLOCKS if len(layers) % size == 0)
+        self.calls = [Blocks(layers[first : first + size]) for first in range(0, len(layers), size)]
+        self.start, self.head = Start(model.embedding), Head(model, precision, banned)
         self._code: dict[int, Code] = {}
 
     def code(self, rows: int) -> Code:
@@ -74,67 +82,74 @@ class Compiled:
             return 1
         lengths = [min(length, self.model.max_seq_length - 1) for length in LENGTHS]
         draw, sizes = torch.Generator().manual_seed(0), (self.model.num_kv_heads, self.model.head_dim)
-        texts = [torch.randn(2, len(self.layers), length, *sizes, generator=draw) for length in lengths]
-        tokens = torch.randint(self.model.vocab_size, (TOGETHER,), generator=draw)
-        at_once = self.step(tokens, Group(texts, TOGETHER, max(lengths) + 1))
-        alone = [self.step(tokens[[row]], Group([text], 1, text.size(2) + 1)) for row, text in enumerate(texts)]
-        return TOGETHER if at_once.equal(torch.cat(alone)) else 1
+        texts = [torch.randn(2, len(self.model.layers), length, *sizes, generator=draw) for length in lengths]
+        group, alone = Group(texts, TOGETHER, max(lengths) + 1), [Group([text], 1, text.size(2) + 1) for text in texts]
+        for tokens in torch.randint(self.model.vocab_size, (ROUNDS, TOGETHER), generator=draw):
+            by_one = [self.step(token, of_one) for token, of_one in zip(tokens.split(1), alone, strict=True)]
+            if not self.step(tokens, group).equal(torch.cat(by_one)):
+                return 1
+        return TOGETHER
 
     @torch.inference_mode(mode=False)  # of which a program knows nothing
     @torch.no_grad()
     def _compile(self, rows: int) -> Code:
-        inputs, dynamic = self._example(rows)
+        def made(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Run:
+            if (shape := _shape_of(module)) not in of_shape:  # what is of one shape shares the code
+                of_shape[shape] = compile_module(module, inputs, dynamic, GRAIN[rows])
+            return bound(of_shape[shape], module)
+
         of_shape: dict[str, Run] = {}
-        for layer in self.layers:  # blocks of one shape share the code
-            if (shape := _shape_of(layer)) not in of_shape:
-                of_shape[shape] = compile_module(layer, inputs, dynamic, GRAIN[rows])
-        head = compile_module(self.head, (inputs[0],), (None,), GRAIN[rows])
-        return Code([of_shape[_shape_of(layer)] for layer in self.layers], head)
+        (x, *also), dynamic = self._example(rows)
+        places = torch.zeros(2, rows, dtype=torch.long)
+        start = made(self.start, tuple(places), (None, None))
+        blocks = [made(blocks, (x, *also), dynamic) for blocks in self.calls]
+        return Code(start, blocks, made(self.head, (x,), (None,)))
 
     def _example(self, rows: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What a block reads where three tokens stand before one, and which of these sizes may be others."""
-        x, rotation, bias = self.embed(torch.zeros(rows, dtype=torch.long), torch.full((rows,), 3), 0)
+        """What some blocks read where BEFORE tokens stand before one, and which of these sizes may be others."""
+        blocks, zeros = len(self.calls[0].blocks), torch.zeros(rows, dtype=torch.long)
+        x, *turn = self.start(zeros, zeros)
+        bias, rotation = self.bias(zeros + BEFORE, 0, BEFORE), tuple(turn) or None
         sizes = rows, self.model.num_kv_heads, self.model.head_dim
-        before, own = ((torch.zeros(*some, *sizes), torch.zeros(*some, *sizes)) for some in ((3,), ()))
-        length = torch.export.Dim("before", max=LONGEST)
+        held, own = (
+            [(torch.zeros(some), torch.zeros(some)) for _ in range(blocks)] for some in ((BEFORE + 1, *sizes), sizes)
+        )
+        length, room = torch.export.Dim("before", max=LONGEST), torch.export.Dim("room", max=LONGEST)
         of_rotation, of_bias = None if rotation is None else (None, None), None if bias is None else {3: length + 1}
-        dynamic = (None, ({0: length}, {0: length}), (None, None), of_rotation, of_bias)
-        return (x, before, own, rotation, bias), dynamic
+        dynamic = (None, {0: length}, [({0: room}, {0: room})] * blocks, [(None, None)] * blocks, of_rotation, of_bias)
+        return (x, torch.arange(BEFORE), held, own, rotation, bias), dynamic
 
-    def embed(
-        self, tokens: Int[Tensor, " rows"], positions: Int[Tensor, " rows"], first: int
-    ) -> tuple[Rows, Turn | None, Tensor | None]:
-        """Vectors of tokens, rotations at their places, and what is added to their scores, from place `first` on."""
-        at, relative = positions[:, None], self.model.relative
-        x, rotation = self.model.embedding(tokens[:, None], at)
-        turn = None if rotation is None else tuple(rotation)
-        if len(tokens) == 1 and relative is None:
-            return x, turn, None  # all that stands before is attended to
-        before = torch.arange(first, int(positions.max())).expand(len(tokens), -1)
-        hidden = (before >= at) | (before < self.first(at))
+    def bias(self, places: Int[Tensor, " rows"], first: int, last: int) -> Tensor | None:
+        """What is added to scores of tokens at these places, for what stands from `first` on, before `last`."""
+        at, relative = places[:, None], self.model.relative
+        if len(places) == 1 and relative is None:
+            return None  # all that stands before is attended to
+        before = torch.arange(first, last).expand(len(places), -1)
+        hidden = before >= at
+        if (window := self.model.options.window) is not None:
+            hidden |= before <= at - window
         bias = F.pad(hidden * FORBIDDEN, (0, 1))[:, None, None]
-        return x, turn, bias if relative is None else bias + relative(at, torch.cat([before, at], 1))
-
-    def first(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-        """The first token that each attends to."""
-        window = self.model.options.window
-        return torch.zeros_like(positions) if window is None else (positions + 1 - window).clamp(min=0)
+        return bias if relative is None else bias + relative(at, torch.cat([before, at], 1))
 
     def step(self, tokens: Int[Tensor, " rows"], group: "Group") -> Float[Tensor, "rows filled_up_vocab"]:
         """Logits after a token of each text of a group, which is told its keys and values."""
-        first, code = int(self.first(group.ends).min()), self.code(len(tokens))
-        x, rotation, bias = self.embed(tokens, group.ends, first)
-        keys, values = (part[:, first : int(group.ends.max())].unbind() for part in group.held)
-        also = [*(rotation or ()), *(() if bias is None else (bias,))]
-        for layer, (run, state) in enumerate(zip(code.blocks, self.states, strict=True)):
-            (x,) = run([x, keys[layer], values[layer], *group.own[layer], *also, *state])
-        (logits,) = code.head([x, *self.head_state])
+        window, last, code = self.model.options.window, max(group.ends), self.code(len(tokens))
+        first = 0 if window is None else max(0, min(group.ends) + 1 - window)
+        places = torch.tensor(group.ends)
+        x, *turn = code.start([tokens, places])
+        bias, before = self.bias(places, first, last), group.places[first:last]
+        held = [part[first:] for part in group.layers] if first else group.layers
+        also, size = [*turn, *(() if bias is None else (bias,))], 2 * len(self.calls[0].blocks)
+        for number, run in enumerate(code.blocks):
+            of_call = slice(number * size, (number + 1) * size)
+            (x,) = run([x, before, *held[of_call], *group.own[of_call], *also])
+        (logits,) = code.head([x])
         return logits[:, 0]
 
 
 def _shape_of(module: nn.Module) -> str:
     """Equal for modules whose code is the same: a model's blocks differ in what they hold, if they do."""
-    return str([(name, part.shape, part.dtype) for name, part in module.state_dict().items()])
+    return str([(name, part.shape, part.dtype) for name, part in state_of(module).items()])
 
 
 class Group:
@@ -148,23 +163,26 @@ class Group:
         for place, text in enumerate(texts):
             self.held[:, :, : text.size(2), place] = text
         lengths = [text.size(2) for text in texts]
-        self.ends = torch.tensor(lengths + [max(lengths)] * (rows - len(texts)))
+        self.ends = lengths + [max(lengths)] * (rows - len(texts))
         """Where the next token of each stands."""
         self._own = torch.zeros(2, layers, rows, *sizes)
-        self.own = list(zip(*(part.unbind() for part in self._own), strict=True))
-        """Where each layer writes keys and values of the token that it reads."""
+        self.layers, self.own = (
+            list(itertools.chain(*zip(*both.unbind(), strict=True))) for both in (self.held, self._own)
+        )
+        """Keys and values of each layer, one behind the other, and where it writes those of the token that it reads."""
+        self.places = torch.arange(capacity)
 
     def keep(self, places: Sequence[int]) -> None:
         """Have the tokens of these texts join what is held; what is in other places goes no further."""
-        for row, end in enumerate(self.ends.tolist()):
+        for row, end in enumerate(self.ends):
             self.held[:, :, end, row] = self._own[:, :, row]
-        going = self.ends[list(places)] + 1
-        self.ends[:] = going.min()  # so that other places do not have more read than the texts need
-        self.ends[list(places)] = going
+        going = {place: self.ends[place] + 1 for place in places}
+        least = min(going.values())  # so that other places do not have more read than the texts need
+        self.ends = [going.get(place, least) for place in range(len(self.ends))]
 
     def text(self, place: int) -> Float[Tensor, "2 layers length kv_heads head_dim"]:
         """Keys and values of one text."""
-        return self.held[:, :, : int(self.ends[place]), place]
+        return self.held[:, :, : self.ends[place], place]
 
 
 class CompiledTexts:
@@ -186,6 +204,10 @@ class CompiledTexts:
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " texts"]) -> Float[Tensor, "texts filled_up_vocab"]:
         """Feed each text its next token; logits of the one after."""
+        if len(tokens) == 1:  # which waits for each of the operations below
+            logits = self.compiled.step(tokens, self.groups[0])
+            self.groups[0].keep([0])
+            return logits
         found = dict[int, Tensor]()
         for group in self.groups:
             places = {place: text for text, (of, place) in enumerate(self.places) if of is group}
@@ -216,11 +238,18 @@ def group_sizes(texts: int, compiled: Compiled) -> list[int]:
 
 @torch.inference_mode()
 def start_compiled(
-    compiled: Compiled, prepared: Prepared, prompts: Sequence[Sequence[int]], most: int
+    compiled: Compiled,
+    prepared: Prepared,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    texts: int | None = None,
 ) -> tuple[Float[Tensor, "texts filled_up_vocab"], CompiledTexts]:
-    """`start_texts` for texts that go on by compiled code; prompts are read by `prepared`."""
-    for rows in group_sizes(len(prompts), compiled):
-        compiled.code(rows)  # before the prompts are read
+    """`start_texts` for texts that go on by compiled code; prompts are read by `prepared`.
+
+    Code is made for so many `texts` as will be selected, if there are others than prompts, before any is read.
+    """
+    for rows in group_sizes(texts or len(prompts), compiled):
+        compiled.code(rows)
     lengths, width = [len(ids) for ids in prompts], compiled.model.head_dim
     logits, steps = start_texts(prepared, prompts, max(lengths))
     held = [steps.held.both[:, :, row, :, :length, :width].transpose(2, 3) for row, length in enumerate(lengths)]

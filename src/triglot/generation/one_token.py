@@ -18,6 +18,7 @@ from triglot.blocks import Block
 from triglot.generation.prepared import filled_up_projection
 from triglot.layers.activations import activate
 from triglot.layers.attention import Attention, MultiHeadAttention, normalised
+from triglot.layers.embedding import Embedding
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.packed import LEAST, Precision
 from triglot.layers.positions import Rotation
@@ -191,7 +192,9 @@ class RowAttention(nn.Module):
             by_head = bias.expand(-1, self.heads, -1, -1).reshape(*before.shape[:3], -1)
             before, own = before + by_head[..., :-1], own + by_head[..., -1:]
         largest = torch.maximum(before.amax(-1, keepdim=True), own)
-        before, own = (before - largest).exp(), (own - largest).exp()
+        before = (before - largest).exp()
+        # A full vector for each, since fewer numbers than one would be given another exponential.
+        own = written((own - largest).expand(*own.shape[:-1], LANES).exp())[..., :1]
         mixed = (before[..., None] * values).sum(3) + own * value[:, :, None]
         mixed = mixed / (before.sum(-1, keepdim=True) + own)  # once, and not each weight
         return Attention(self.outer(mixed.view(len(x), 1, -1)), None)
@@ -218,6 +221,19 @@ def turned(heads: Float[Tensor, "rows some head_dim"], rotation: Rotation) -> Fl
     return heads * rotation.cos + swapped * (rotation.sin * sign)
 
 
+class Start(nn.Module):
+    """The vectors of tokens, and the parts of their rotations, if they are turned."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        large = {id(embedding.tokens): embedding.tokens}  # which is not copied
+        self.embedding = _with_rows(copy.deepcopy(embedding, large), "fp32").eval()
+
+    def forward(self, tokens: Int[Tensor, " rows"], places: Int[Tensor, " rows"]) -> tuple[Tensor, ...]:
+        x, rotation = self.embedding(tokens[:, None], places[:, None])
+        return x, *(rotation or ())
+
+
 class OneToken(nn.Module):
     """A block that reads one token of each text, its parts replaced."""
 
@@ -230,6 +246,28 @@ class OneToken(nn.Module):
     ) -> Rows:
         turn = None if rotation is None else Rotation(*rotation)
         return self.block.run(x, rotation=turn, position_bias=bias, cache=Token(before, own)).x  # type: ignore[arg-type]  # what RowAttention takes
+
+
+class Blocks(nn.Module):
+    """Some blocks, one after another, which attend to what is held of as many tokens as there are `places`."""
+
+    def __init__(self, blocks: Sequence[OneToken]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self,
+        x: Rows,
+        places: Int[Tensor, " before"],
+        held: Sequence[tuple[Held, Held]],
+        own: Sequence[tuple[Own, Own]],
+        rotation: Turn | None,
+        bias: Tensor | None,
+    ) -> Rows:
+        before = places.size(0)
+        for block, (keys, values), of_own in zip(self.blocks, held, own, strict=True):
+            x = block(x, (keys[:before], values[:before]), of_own, rotation, bias)
+        return x
 
 
 class Head(nn.Module):

@@ -212,7 +212,7 @@ def _start(
     steps: Steps
     prepared, compiled = ready.prepared, ready.compiled
     if prepared is not None and compiled is not None:
-        first, steps = start_compiled(compiled, prepared, texts, most)
+        first, steps = start_compiled(compiled, prepared, texts, most, len(contexts))
     elif prepared is not None:
         first, steps = start_texts(prepared, texts, most)
     else:
