@@ -144,7 +144,7 @@ def generate(
     where = device_of(device)
     engine = load(run, which=which, device=where, precision=precision.value, draft=draft, compiled=compiled)
     if compiled and sys.stderr.isatty():
-        typer.secho("Making compiled code ready: some seconds, or up to a minute the first time.", err=True)
+        typer.secho("Making compiled code ready: some seconds, or up to two minutes the first time.", err=True)
 
     said: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 

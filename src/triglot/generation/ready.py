@@ -71,7 +71,7 @@ class Ready:
 
     @cached_property
     def compiled(self) -> Compiled | None:
-        """What goes on from a prompt where that was asked for; compiling it takes up to a minute, once."""
+        """What goes on from a prompt where that was asked for; compiling it takes up to two minutes, once."""
         return Compiled(self.writer, self.precision, self._never) if self._compiles else None
 
     @cached_property
