@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.measure import Row, Side, Work
 from triglot.allocator import keep_freed_memory
+from triglot.generation.aot import Run, bound, compile_module
 from triglot.generation.attention import at_least
-from triglot.generation.compiled import Run, compile_module
+from triglot.generation.compiled import GRAIN
 from triglot.generation.one_token import RowExperts
 from triglot.generation.prepared import PreparedExperts
 from triglot.layers.feed_forward import PointwiseFeedForward
@@ -177,14 +178,13 @@ def compiled_steps(precision: Any) -> Iterator[tuple[Callable[[], Any], int]]:
     for number in range(DECODING_LAYERS):
         rows = RowExperts(layer(DECODING, "swiglu", width=DECODING_WIDTH).eval(), precision)
         x = torch.randn(1, 1, DECODING_WIDTH, generator=torch.Generator().manual_seed(number))
-        run = run or compile_module(rows, (x,), (None,))
+        run = run or compile_module(rows, (x,), (None,), GRAIN[1])
         read = rows.inner.weight.nbytes + rows.outer.weight.nbytes
-        step = partial(_run, run, x, *rows.state_dict().values())
-        yield step, read * DECODING.k // DECODING.experts
+        yield partial(_run, bound(run, rows), x), read * DECODING.k // DECODING.experts
 
 
-def _run(run: Run, *given: Tensor) -> list[Tensor]:
-    return run(list(given))  # a list of its own, which compiled code empties
+def _run(run: Run, x: Tensor) -> list[Tensor]:
+    return run([x])
 
 
 def decoding_rows(quick: bool) -> list[Row]:
