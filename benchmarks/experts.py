@@ -180,11 +180,7 @@ def compiled_steps(precision: Any) -> Iterator[tuple[Callable[[], Any], int]]:
         x = torch.randn(1, 1, DECODING_WIDTH, generator=torch.Generator().manual_seed(number))
         run = run or compile_module(rows, (x,), (None,), GRAIN[1])
         read = rows.inner.weight.nbytes + rows.outer.weight.nbytes
-        yield partial(_run, bound(run, rows), x), read * DECODING.k // DECODING.experts
-
-
-def _run(run: Run, x: Tensor) -> list[Tensor]:
-    return run([x])
+        yield partial(bound(run, rows), [x]), read * DECODING.k // DECODING.experts
 
 
 def decoding_rows(quick: bool) -> list[Row]:

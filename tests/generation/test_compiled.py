@@ -117,11 +117,15 @@ def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, rows):
 
 
 @pytest.mark.usefixtures("code")
-@pytest.mark.parametrize(("norm", "layers"), [pytest.param("layer", 2, marks=pytest.mark.slow), ("rms", 1)])
-def test_compiled_code_says_what_its_modules_say_whatever_the_length_and_company_and_is_kept(norm, layers, monkeypatch):
+@pytest.mark.parametrize(
+    ("norm", "layers", "precision"), [pytest.param("layer", 2, "fp32", marks=pytest.mark.slow), ("rms", 1, "int8")]
+)
+def test_compiled_code_says_what_its_modules_say_whatever_the_length_and_company_and_is_kept(
+    norm, layers, precision, monkeypatch
+):
     torch.manual_seed(0)
     model = DecoderLLM(VOCAB, 1040, 2, layers, 40, LONGEST, options=replace(LLAMA, norm=norm)).eval()
-    prepared, made, plain = Prepared(model), Compiled(model, "int8"), Compiled(model, "int8")
+    prepared, made, plain = Prepared(model), Compiled(model, precision), Compiled(model, precision)
     assert made.together == compiled.TOGETHER
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "compile_module", interpreted)
@@ -145,7 +149,7 @@ def test_compiled_code_says_what_its_modules_say_whatever_the_length_and_company
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.5)
-    Compiled(model, "int8").code(1)
+    Compiled(model, precision).code(1)
 
 
 class Echo:
