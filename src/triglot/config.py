@@ -13,7 +13,7 @@ Norm = Literal["layer", "rms"]
 NormOrder = Literal["pre", "post"]
 Positions = Literal["sinusoidal", "learned", "rotary", "relative"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu_tanh"]
-Router = Literal["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"]
+Router = Literal["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"]  # as in `layers.routing`
 Kind = Literal["encoder_decoder", "decoder_only"]
 
 

@@ -32,7 +32,10 @@ class ExpertStats(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over a batch's scored tokens, in nats; divided by a step's tokens, micro-batches add up to one batch."""
+    """Sums over a batch's scored tokens, in nats; divided by a step's tokens, micro-batches add up to one batch.
+
+    All but losses and capacities of experts, which are each micro-batch's own.
+    """
 
     loss: Float[Tensor, ""]
     """What training minimises: smoothed, plus tokens · weighted expert losses in training mode; differentiable."""

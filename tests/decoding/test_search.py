@@ -12,7 +12,7 @@ from torch import Tensor
 from triglot.decoding.beam import BeamSearch, beam_search
 from triglot.decoding.rules import MinLength
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Decoded, Steps, closed_up, generate, stream
+from triglot.decoding.search import Chooser, Decoded, Scored, Steps, closed_up, generate, stream
 from triglot.errors import CheckpointError, ConfigError
 
 PAD, BOS, EOS = 0, 1, 2
@@ -357,3 +357,24 @@ def test_who_goes_on_closes_up_and_only_the_last_ones_move(goes_on):
     kept = closed_up(goes_on)
     assert sorted(kept) == [place for place, goes in enumerate(goes_on) if goes]
     assert all(new == old or old >= len(kept) for new, old in enumerate(kept))
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_logprobs": 2}, {"banned": [1]}, {"rules": [MinLength([EOS], 1)]}])
+@pytest.mark.parametrize("sampler", [GREEDY, Sampler()])
+def test_what_is_known_of_logits_is_used_where_they_stay_what_they_are(sampler, changes):
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
+    best, normaliser = logits.argmax(1), logits.logsumexp(1, keepdim=True)
+    stays = not {"banned", "rules"} & changes.keys()
+    choose, texts = Chooser(sampler=sampler, **changes), [[], [], []]
+
+    def chosen(given):
+        ids, tokens = choose(given, range(3), texts, torch.Generator().manual_seed(3))
+        return ids.tolist(), [one.id for one in tokens], torch.tensor([one.log_prob for one in tokens])
+
+    for found, expected in zip(chosen(Scored(logits, best, normaliser)), chosen(logits), strict=True):
+        torch.testing.assert_close(found, expected)
+    false = chosen(Scored(logits, best * 0, normaliser + 1))
+    told, expected = false[2], chosen(logits)
+    assert false[0] == ([0, 0, 0] if stays and sampler is GREEDY else expected[0])
+    if sampler is not GREEDY or not stays:
+        torch.testing.assert_close(told, expected[2] - (1.0 if stays else 0.0))

@@ -11,7 +11,7 @@ from torch.utils import _pytree
 
 from triglot.config import BlockOptions, ExpertOptions
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import generate
+from triglot.decoding.search import Scored, generate
 from triglot.errors import ConfigError
 from triglot.generation import aot, compiled
 from triglot.generation.compiled import Compiled, start_compiled
@@ -77,7 +77,7 @@ def logits_of(model, fed, prompts=PROMPTS, together=None):
     _, plain = start_texts(prepared, prompts, LONGEST)
     for token in fed:
         tokens = torch.full((len(prompts),), token)
-        yield steps.step(tokens), plain.step(tokens)
+        yield steps.step(tokens).logits, plain.step(tokens)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -133,7 +133,9 @@ def test_compiled_code_says_what_its_modules_say_whatever_the_length_and_company
     plain.together = compiled.TOGETHER  # although it takes sums as it likes
     (_, steps), (_, expected) = (start_compiled(one, prepared, PROMPTS, LONGEST) for one in (made, plain))
     for token in torch.tensor([4, 8, 15]).repeat(3, 1).T:
-        torch.testing.assert_close(steps.step(token), expected.step(token), rtol=1e-4, atol=2e-5)
+        found, said = steps.step(token), expected.step(token)
+        for part in ("logits", "best", "normaliser"):
+            torch.testing.assert_close(getattr(found, part), getattr(said, part), rtol=1e-4, atol=2e-5)
 
     def write(prompts, seeds, limits):
         first, steps = start_compiled(made, prepared, prompts, LONGEST)
@@ -159,7 +161,7 @@ class Echo:
 
     def step(self, tokens, group):
         group._own[:] = tokens[:, None, None].float()
-        return tokens[:, None].float()
+        return Scored(tokens[:, None].float(), tokens + 1, tokens[:, None].float() + 2)
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=19), st.data())
@@ -169,7 +171,9 @@ def test_texts_go_on_from_their_own_tokens_however_they_are_chosen(lengths, data
     texts = compiled.CompiledTexts(Echo(), held, capacity=9)
     for token in range(100, 106):
         fed = [token + 10 * place for place in range(len(prompts))]
-        assert texts.step(torch.tensor(fed)).flatten().tolist() == fed
+        scored = texts.step(torch.tensor(fed))
+        assert scored.logits.flatten().tolist() == fed
+        assert (scored.best - 1).tolist() == (scored.normaliser - 2).flatten().tolist() == fed
         prompts = [[*ids, new] for ids, new in zip(prompts, fed, strict=True)]
         for ids, (group, place) in zip(prompts, texts.places, strict=True):
             assert torch.equal(group.text(place), torch.tensor(ids).view(-1, 1, 1).expand(2, 3, -1, 1, 2))
@@ -187,13 +191,19 @@ def test_few_calls_read_all_texts():
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("part", ["logits", "normaliser"])
 @pytest.mark.parametrize(("differs", "together"), [(0.0, compiled.TOGETHER), (1e-6, 1)])
-def test_texts_are_read_alone_where_code_for_several_takes_other_sums(differs, together):
+def test_texts_are_read_alone_where_code_for_several_takes_other_sums(part, differs, together):
     made = Compiled(make_model(), "fp32")
     code = {rows: made.code(rows) for rows in (1, compiled.TOGETHER)}
 
     def head(rows):
-        return lambda inputs: [torch.full((rows, 1, 128), 0.5 + differs * (rows > 1))]
+        differing = differs * (rows > 1)
+        return lambda inputs: [
+            torch.full((rows, 128), 0.5 + differing * (part == "logits")),
+            torch.zeros(rows),
+            torch.full((rows, 1), 5.0 + differing * (part == "normaliser")),
+        ]
 
     made._code = {rows: one._replace(head=head(rows)) for rows, one in code.items()}
     assert made.together == together

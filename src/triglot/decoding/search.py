@@ -36,6 +36,28 @@ class Steps(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Logits of some rows beside what whoever made them knows of them."""
+
+    logits: Float[Tensor, "rows vocab"]
+    best: Int[Tensor, " rows"]
+    """The first largest of each row."""
+    normaliser: Float[Tensor, "rows 1"]
+    """log Σ exp of each row."""
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+
+@runtime_checkable
+class ScoredSteps(Protocol):
+    """`Steps` that know more of their logits."""
+
+    def step(self, tokens: Int[Tensor, " rows"]) -> Scored: ...
+    def select(self, rows: Int[Tensor, " kept"]) -> None: ...
+
+
 class Token(NamedTuple):
     """One token of one row, with its log-probability."""
 
@@ -97,20 +119,25 @@ class Chooser:
 
     @torch.inference_mode()
     def __call__(
-        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[int], texts: Texts, generator: Generators
+        self, logits: Float[Tensor, "rows vocab"] | Scored, rows: Sequence[int], texts: Texts, generator: Generators
     ) -> tuple[Int[Tensor, " rows"], list[Token]]:
         """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
+        known = None
+        if isinstance(logits, Scored):
+            known = None if self.banned or self.rules else logits
+            logits = logits.logits
         allowed = masked(logits, self.banned)
         if self.rules:
             refuse_nan(allowed.amax(1))
             allowed = apply(self.rules, allowed, texts, rows)
             refuse_dead_ends(allowed, rows)
-        ids = self.sampler(allowed, generator)
+        greedy = self.sampler.temperature == 0
+        ids = known.best if greedy and known else self.sampler(allowed, generator)
         own = allowed.gather(1, ids[:, None])
-        if not self.scored and self.sampler.temperature == 0:
+        if not self.scored and greedy:
             refuse_nan(own)
             return ids, [Token(row, token, math.nan) for row, token in zip(rows, ids.tolist(), strict=True)]
-        normaliser = log_sum_exp(allowed, own if self.sampler.temperature == 0 else None)
+        normaliser = known.normaliser if known else log_sum_exp(allowed, own if greedy else None)
         refuse_nan(normaliser)
         log_probs = (own - normaliser)[:, 0].tolist()
         if not self.top_logprobs:
@@ -121,7 +148,7 @@ class Chooser:
 
 def stream(
     logits: Float[Tensor, "rows vocab"],
-    steps: Steps,
+    steps: Steps | ScoredSteps,
     sampler: Sampler,
     max_new_tokens: int | Sequence[int],
     *,
@@ -150,7 +177,7 @@ def stream(
 
 def generate(
     logits: Float[Tensor, "rows vocab"],
-    steps: Steps,
+    steps: Steps | ScoredSteps,
     sampler: Sampler,
     max_new_tokens: int | Sequence[int],
     *,
@@ -178,7 +205,7 @@ def gather(tokens: Iterable[Token], rows: int, eos_ids: Collection[int]) -> list
 @torch.inference_mode()
 def stream_in_parts(
     logits: Iterable[Float[Tensor, "some vocab"]],
-    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"]]],
+    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"] | Scored]],
     select: Callable[[Int[Tensor, " kept"]], None],
     choose: Chooser,
     limits: Sequence[int],
@@ -192,10 +219,11 @@ def stream_in_parts(
     if 0 < len(live) < len(limits):
         logits = [torch.cat(list(logits))[live]]
         select(torch.tensor(live, device=logits[0].device))
+    parts: Iterable[Tensor | Scored] = logits
     made = 0
     while live:
         chosen, tokens = list[Tensor](), list[Token]()
-        for part in logits:
+        for part in parts:
             rows = live[len(tokens) : len(tokens) + len(part)]
             own = [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
             ids, new = choose(part, rows, [texts[row] for row in rows], own)
@@ -208,6 +236,7 @@ def stream_in_parts(
                 texts[token.row].append(token.id)
         yield from tokens
         fed = torch.cat(chosen)
+        # Finished rows are dropped from the batch.
         kept = closed_up(
             [one.id not in eos_ids and made < limits[one.row] and one.row not in stopped for one in tokens]
         )
@@ -217,7 +246,7 @@ def stream_in_parts(
             fed = fed[places]
         live = [live[place] for place in kept]
         if live:
-            logits = step(fed)
+            parts = step(fed)
 
 
 def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tuple[tuple[int, float], ...]]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from triglot.decoding.search import Scored
 from triglot.generation.aot import Run, bound, compile_module, state_of
 from triglot.generation.one_token import Blocks, Head, OneToken, Start
 from triglot.generation.prepared import Prepared
@@ -86,7 +87,9 @@ class Compiled:
         group, alone = Group(texts, TOGETHER, max(lengths) + 1), [Group([text], 1, text.size(2) + 1) for text in texts]
         for tokens in torch.randint(self.model.vocab_size, (ROUNDS, TOGETHER), generator=draw):
             by_one = [self.step(token, of_one) for token, of_one in zip(tokens.split(1), alone, strict=True)]
-            if not self.step(tokens, group).equal(torch.cat(by_one)):
+            by_all = self.step(tokens, group)
+            same = by_all.logits.equal(torch.cat([one.logits for one in by_one]))
+            if not (same and by_all.normaliser.equal(torch.cat([one.normaliser for one in by_one]))):
                 return 1
         return TOGETHER
 
@@ -131,7 +134,7 @@ class Compiled:
         bias = F.pad(hidden * FORBIDDEN, (0, 1))[:, None, None]
         return bias if relative is None else bias + relative(at, torch.cat([before, at], 1))
 
-    def step(self, tokens: Int[Tensor, " rows"], group: "Group") -> Float[Tensor, "rows filled_up_vocab"]:
+    def step(self, tokens: Int[Tensor, " rows"], group: "Group") -> Scored:
         """Logits after a token of each text of a group, which is told its keys and values."""
         window, last, code = self.model.options.window, max(group.ends), self.code(len(tokens))
         first = 0 if window is None else max(0, min(group.ends) + 1 - window)
@@ -143,8 +146,7 @@ class Compiled:
         for number, run in enumerate(code.blocks):
             of_call = slice(number * size, (number + 1) * size)
             (x,) = run([x, before, *held[of_call], *group.own[of_call], *also])
-        (logits,) = code.head([x])
-        return logits[:, 0]
+        return Scored(*code.head([x]))
 
 
 def _shape_of(module: nn.Module) -> str:
@@ -186,7 +188,7 @@ class Group:
 
 
 class CompiledTexts:
-    """Texts that go on by compiled code, a group after another (`decoding.search.Steps`)."""
+    """Texts that go on by compiled code, a group after another (`decoding.search.ScoredSteps`)."""
 
     def __init__(
         self, compiled: Compiled, texts: Sequence[Float[Tensor, "2 layers _ kv_heads head_dim"]], capacity: int
@@ -202,21 +204,26 @@ class CompiledTexts:
             self.places += [(self.groups[-1], place) for place in range(len(some))]
 
     @torch.inference_mode()
-    def step(self, tokens: Int[Tensor, " texts"]) -> Float[Tensor, "texts filled_up_vocab"]:
+    def step(self, tokens: Int[Tensor, " texts"]) -> Scored:
         """Feed each text its next token; logits of the one after."""
         if len(tokens) == 1:  # which waits for each of the operations below
-            logits = self.compiled.step(tokens, self.groups[0])
+            scored = self.compiled.step(tokens, self.groups[0])
             self.groups[0].keep([0])
-            return logits
-        found = dict[int, Tensor]()
+            return scored
+        found = dict[int, tuple[Scored, int]]()
         for group in self.groups:
             places = {place: text for text, (of, place) in enumerate(self.places) if of is group}
             fed = tokens.new_zeros(len(group.ends))
             fed[list(places)] = tokens[list(places.values())]
-            logits = self.compiled.step(fed, group)
+            scored = self.compiled.step(fed, group)
             group.keep(list(places))
-            found |= {text: logits[place] for place, text in places.items()}
-        return torch.stack([found[text] for text in range(len(tokens))])
+            found |= {text: (scored, place) for place, text in places.items()}
+        of_texts = [found[text] for text in range(len(tokens))]
+        return Scored(
+            torch.stack([of.logits[place] for of, place in of_texts]),
+            torch.stack([of.best[place] for of, place in of_texts]),
+            torch.stack([of.normaliser[place] for of, place in of_texts]),
+        )
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these texts, in this order; one may be taken more than once."""

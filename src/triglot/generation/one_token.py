@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
+from triglot.decoding.sampling import BLOCK
 from triglot.generation.prepared import filled_up_projection
 from triglot.layers.activations import activate
 from triglot.layers.attention import Attention, MultiHeadAttention, normalised
@@ -278,9 +279,17 @@ class Head(nn.Module):
         self.norm, self.scale = with_rows(model.final_norm, precision), model.output_scale
         self.projection = RowLinear(*filled_up_projection(model.lm_head, banned), precision)
 
-    def forward(self, x: Rows) -> Float[Tensor, "rows 1 filled_up_vocab"]:
+    def forward(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [rows, filled_up_vocab], the first largest one of each row, and the rows' log Σ exp [rows, 1]."""
         hidden = self.norm(x)
-        return self.projection(hidden if self.scale is None else hidden * self.scale)
+        logits = self.projection(hidden if self.scale is None else hidden * self.scale)[:, 0]
+        blocks = written(logits).unflatten(1, (-1, BLOCK))
+        maxima = written(blocks.amax(2))
+        top, block = maxima.amax(1, keepdim=True), maxima.argmax(1)
+        starts = torch.arange(0, maxima.numel(), maxima.size(1))
+        within = blocks.flatten(0, 1).index_select(0, block + starts).argmax(1)
+        sums = written((blocks - top[..., None]).exp().sum(2)).sum(1, keepdim=True)
+        return logits, block * BLOCK + within, top + sums.log()
 
 
 def with_rows(module: Module, precision: Precision) -> Module:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, Within
-from triglot.decoding.search import Steps, Token, stream
+from triglot.decoding.search import ScoredSteps, Steps, Token, stream
 from triglot.decoding.speculation import SteppingBack, speculate
 from triglot.errors import ConfigError, DeadEndError, require
 from triglot.generation.compiled import start_compiled
@@ -177,7 +177,7 @@ def _tokens(
     ready: Ready,
     how: Sampling,
     first: Float[Tensor, "texts vocab"],
-    steps: Steps,
+    steps: Steps | ScoredSteps,
     limits: Sequence[int],
     contexts: Sequence[Sequence[int]],
     rules: Sequence[Rule],
@@ -203,13 +203,13 @@ def _tokens(
 
 def _start(
     ready: Ready, contexts: Sequence[list[int]], limits: Sequence[int]
-) -> tuple[Float[Tensor, "texts vocab"], Steps]:
+) -> tuple[Float[Tensor, "texts vocab"], Steps | ScoredSteps]:
     """Logits after each context, of which equal ones are read once, and what goes on from there."""
     places = {ids: place for place, ids in enumerate(dict.fromkeys(map(tuple, contexts)))}
     texts = [list(ids) for ids in places]
     most = max(len(ids) + limit for ids, limit in zip(contexts, limits, strict=True))
     first: Tensor
-    steps: Steps
+    steps: Steps | ScoredSteps
     prepared, compiled = ready.prepared, ready.compiled
     if prepared is not None and compiled is not None:
         first, steps = start_compiled(compiled, prepared, texts, most, len(contexts))

@@ -136,7 +136,7 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if causal and bias is not None:
             mask, causal = create_look_ahead_mask(q.size(2), device=q.device), False
-        if not need_weights and fused_kernel_pays(q, k):
+        if not need_weights and fused_kernel_pays(q, k):  # which gives zeros, too, where nothing may be attended to
             if bias is not None:
                 mask = (bias if mask is None else torch.where(mask, bias, -math.inf)).to(q.dtype)
             grouped = self.num_kv_heads < self.num_heads

@@ -30,6 +30,7 @@ class MemoryCache:
         self.held: tuple[Heads, Heads] | None = None
 
     def append(self, keys: Heads, values: Heads) -> tuple[Held, Held]:
+        """Hold these, which are all: nothing comes behind a memory."""
         self.held = (keys, values)
         return self.held
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Router = Literal["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"]
+Router = Literal["softmax", "softmax_of_chosen", "sigmoid", "expert_choice"]  # as in `config`
 EVEN = 1e-6
 """How far a share may be from an even one and count as even: what rounding leaves."""
 Logits = Float[Tensor, "batch length experts"]
@@ -98,7 +98,10 @@ def softmax_of_chosen(logits: Logits, real: Real, k: int) -> Choice:
 
 
 def sigmoid_choice(logits: Logits, real: Real, k: int, bias: Float[Tensor, "*experts"]) -> Choice:
-    """The k highest of sigmoid + bias; the bias chooses and never weighs: weights are sigmoids over their sum."""
+    """The k highest of sigmoid + bias; the bias chooses and never weighs.
+
+    Weights are sigmoids, over their sum if k > 1.
+    """
     scores = logits.sigmoid()
     experts = highest(scores + bias, k)
     weights = scores.gather(-1, experts)

@@ -130,7 +130,7 @@ def train(
 
 
 def going_on(config: RunConfig, run: Path, newest: Newest) -> RunConfig:
-    """What a run that goes on from `newest` leaves of a given recipe."""
+    """What a run that goes on from `newest` leaves of a given recipe: what it chose for itself stays (`merge`)."""
     stored = stored_config(run, newest.folder)
     if config.init.from_ is not None:  # the tokenizer came from there, whatever the recipe says
         config = dataclasses.replace(with_said(config, stored), tokenizer=stored.tokenizer)
@@ -203,7 +203,7 @@ class Session:
             team.told([to_dict(self.config), None if self.last is None else self.last.name])
 
     def choose(self) -> None:
-        """Make the choices that are still open, and write down all that the run began with."""
+        """Choose what the recipe left open, bf16 or fp32, and write down all that the run began with."""
         config = self.config
         if config.train.precision == "auto":
             batch = next(iter(self.prepared.train.epoch(0)))

@@ -254,7 +254,10 @@ class Trainer:
             )
 
     def gradients(self, batches: Sequence[Batch]) -> Gradients:
-        """Gradients of the mean loss over all scored tokens of `batches`, of which this process computes its share."""
+        """Gradients of the mean loss over all scored tokens of `batches`, of which this process computes its share.
+
+        Processes average theirs, hence the factor of as many as there are; each draws dropout of its own.
+        """
         self.parallel.module.train()
         self.parallel.optimizer.zero_grad()
         tokens = max(1, sum(num_targets(batch) for batch in batches))
