@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -193,6 +193,13 @@ def by_package() -> tuple[int, int]:
     files, whole, code = (sum(row[at] for row in rows) for at in (1, 2, 3))
     table([["**together**", files, whole, code], *rows], ["", "files", "lines", "of code"])
     return whole, code
+
+
+def outside(packages: Collection[str]) -> tuple[int, int]:
+    """Lines of `src` that are in none of these packages; all lines, and lines of code."""
+    source = ROOT / "src" / "triglot"
+    files = [path for path in source.rglob("*.py") if path.relative_to(source).parts[0] not in packages]
+    return sum(map(whole_lines, files)), sum(map(count, files))
 
 
 def whole_lines(path: Path) -> int:
