@@ -15,7 +15,7 @@ from triglot.decoding.search import Scored, generate
 from triglot.errors import ConfigError
 from triglot.generation import aot, compiled
 from triglot.generation.compiled import Compiled, start_compiled
-from triglot.generation.one_token import RowLinear
+from triglot.generation.one_token import Head, RowLinear
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import start_texts
 from triglot.models.decoder_only import DecoderLLM
@@ -114,6 +114,18 @@ def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, rows):
     layer, x = torch.nn.Linear(37, 51), torch.randn(rows, 1, 37)
     found = RowLinear(layer.weight, layer.bias, precision)(x)
     torch.testing.assert_close(found, layer(x), rtol=0, atol=TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_knows_the_first_largest_logit_and_the_sum_of_many_blocks(tied):
+    torch.manual_seed(2)
+    model, x = DecoderLLM(300, 24, 4, 1, 40, LONGEST, options=LLAMA), torch.randn(5, 1, 24)
+    if tied:
+        torch.nn.init.zeros_(model.lm_head.weight)
+    logits, best, normaliser = Head(model, "fp32", banned=[0, 7, 130])(x)
+    assert best.tolist() == logits.argmax(1).tolist() == ([1] * 5 if tied else best.tolist())
+    assert len({*(best // 128).tolist()}) > 1 or tied
+    torch.testing.assert_close(normaliser, logits.logsumexp(1, keepdim=True))
 
 
 @pytest.mark.usefixtures("code")

@@ -213,7 +213,7 @@ def stream_in_parts(
     generator: Generators = None,
     stopped: Container[int] = (),
 ) -> Iterator[Token]:
-    """`stream` over logits that come in parts, of some rows each, behind one another."""
+    """`stream` over logits that come in parts, of some rows each, behind one another; finished rows are dropped."""
     texts: list[list[int]] = [[] for _ in limits]  # kept for rules alone
     live = closed_up([limit > 0 for limit in limits])  # the row that stands at each place of the batch
     if 0 < len(live) < len(limits):
@@ -236,7 +236,6 @@ def stream_in_parts(
                 texts[token.row].append(token.id)
         yield from tokens
         fed = torch.cat(chosen)
-        # Finished rows are dropped from the batch.
         kept = closed_up(
             [one.id not in eos_ids and made < limits[one.row] and one.row not in stopped for one in tokens]
         )
