@@ -62,6 +62,11 @@ def fill_up(x: Float[Tensor, "*lead narrow"]) -> Float[Tensor, "*lead width"]:
     return F.pad(x, (0, WIDTH - x.size(-1))) if x.size(-1) < WIDTH else x
 
 
+def in_order(x: Float[Tensor, "*sizes"], dtype: torch.dtype) -> Float[Tensor, "*sizes"]:
+    """The same in this type, one number behind another, by one copy where it takes any."""
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
 def at_most(x: Float[Tensor, "filled d_model"], rows: int) -> Hidden:
     """The first rows; where these are all, without the call that a step of one text would wait for."""
     return x if len(x) == rows else x[:rows]
@@ -119,14 +124,14 @@ class PreparedAttention:
         return torch.cat([self.norms[0](query), self.norms[1](key), value], 1)
 
     def project(self, x: Hidden, rows: int, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [rows, heads, width] of the first rows."""
-        heads = at_most(self.inner(x), rows).view(rows, -1, self.head_dim)
+        """Queries, keys and values [rows, heads, width] of the first rows, in the type in which they come."""
+        heads = at_most(self.inner.narrow(x), rows).view(rows, -1, self.head_dim)
         if self.norms is not None:
-            heads = self.normalised(heads)
+            heads = self.normalised(heads.float())
         if turn is None:
             query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         else:
-            both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            both, value = heads.float().split([self.heads + self.kv_heads, self.kv_heads], 1)
             query, key = turned(both, turn).split([self.heads, self.kv_heads], 1)
         return fill_up(query), fill_up(key), fill_up(value)
 
@@ -134,9 +139,9 @@ class PreparedAttention:
         """Rows are the next tokens of texts, as many of each text, behind one another."""
         (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
         query, key, value = self.project(x, texts * new, turn)
-        held.write(layer, place, key.reshape(-1, key.size(2)), value.reshape(-1, value.size(2)))
-        query = query.reshape(texts, new, self.kv_heads, groups, -1).transpose(1, 2)
-        query = query.reshape(texts * self.kv_heads, new * groups, -1)
+        held.write(layer, place, key.float().reshape(-1, key.size(2)), value.float().reshape(-1, value.size(2)))
+        query = in_order(query.view(texts, new, self.kv_heads, groups, -1).transpose(1, 2), torch.float32)
+        query = query.view(texts * self.kv_heads, new * groups, -1)
         bias = place.bias if new == 1 or groups == 1 else place.bias.repeat_interleave(groups, 2)
         if (missing := held.queries - new * groups) > 0:
             query = F.pad(query, (0, 0, 0, missing))
@@ -145,13 +150,13 @@ class PreparedAttention:
         if mixed.shape[1:] != (new * groups, self.head_dim):
             mixed = mixed[:, : new * groups, : self.head_dim]
         mixed = mixed.reshape(texts, self.kv_heads, new, groups, self.head_dim).transpose(1, 2)
-        return self.outer(at_least(mixed.reshape(texts * new, -1), len(x)))
+        return self.outer(at_least(in_order(mixed, self.outer.dtype).view(texts * new, -1), len(x)))
 
     def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
         """Rows are whole texts, whose keys and values go to `held` [2, texts, kv_heads, length, width]."""
         texts, length = whole.texts, whole.length
         query, key, value = (
-            part.view(texts, length, self.kv_heads, -1, part.size(2)).permute(0, 2, 3, 1, 4)
+            part.float().view(texts, length, self.kv_heads, -1, part.size(2)).permute(0, 2, 3, 1, 4)
             for part in self.project(x, len(x), turn)
         )  # [texts, kv_heads, group, length, width]
         key, value = key[:, :, 0], value[:, :, 0]
@@ -186,12 +191,12 @@ class PreparedMemory:
         keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
         sentences, hypotheses = memory.keys.size(1), memory.hypotheses
         rows = sentences * hypotheses
-        query = at_most(self.query(x), rows)
+        query = at_most(self.query.narrow(x), rows)
         if self.norms is not None:
-            query = self.norms[0](query.view(rows, -1, self.head_dim))
-        query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim))
-        query = query.transpose(1, 2).reshape(sentences * self.kv_heads, -1, query.size(-1))
+            query = self.norms[0](query.float().view(rows, -1, self.head_dim))
+        query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim)).transpose(1, 2)
+        query = in_order(query, torch.float32).view(sentences * self.kv_heads, -1, query.size(-1))
         mixed = attend(query, keys, values, memory.bias)
         mixed = mixed if mixed.size(2) == self.head_dim else mixed[..., : self.head_dim]
         mixed = mixed.view(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
-        return self.outer(at_least(mixed.reshape(rows, -1), len(x)))
+        return self.outer(at_least(in_order(mixed, self.outer.dtype).view(rows, -1), len(x)))

@@ -56,8 +56,26 @@ class Packed(Protocol):
     """What one product reads of weights."""
     precision: Precision
     """What it multiplies in."""
+    dtype: torch.dtype
+    """What it takes rows in; others are cast."""
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]: ...
+    def narrow(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        """The same in the type in which it comes."""
+        ...
+
+
+class _InFull:
+    """Products that come in fp32."""
+
+    dtype = torch.float32
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        raise NotImplementedError
+
+    def narrow(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        """The same."""
+        return self(x)
 
 
 class PackedFloat:
@@ -89,7 +107,7 @@ class PackedFloat:
         return y if y.size(1) == self.outputs else y[:, : self.outputs]
 
 
-class PackedInt8:
+class PackedInt8(_InFull):
     """Weights as whole numbers from −127 to 127, with a scale for each output, times rows quantised as they come.
 
     They are held twice: as the products of many rows want them, and as they are. A single row is multiplied with those
@@ -121,7 +139,7 @@ class PackedInt8:
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
 
-class PackedInt7:
+class PackedInt7(_InFull):
     """Weights as whole numbers from −64 to 64, for processors that add products of bytes in pairs, in 16 bits.
 
     255 · 64 · 2 still fits; with weights up to 127 a sum would be cut off (FBGEMM and oneDNN say so of AVX2).
@@ -149,11 +167,12 @@ class PackedInt7:
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
 
-class PackedInt4:
+class PackedInt4(_InFull):
     """Weights as numbers from 0 to 15, each GROUP of inputs with a scale and a middle of its own; rows are bf16."""
 
     least_rows = 1
     precision: Precision = "int4"
+    dtype = torch.bfloat16
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
         groups = weight.float().unflatten(1, (-1, GROUP))
