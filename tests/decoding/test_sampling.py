@@ -50,9 +50,24 @@ def test_log_sum_exp_is_torchs_and_the_same_bits_in_any_company(seed, blocks, ro
     assert torch.equal(together, torch.cat([found(values[row : row + 1]) for row in range(rows)]))
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 999), st.integers(1, 5), st.integers(1, 40), st.floats(0.1, 90.0))
+def test_log_sum_exp_of_what_is_to_be_scaled_is_that_of_the_product_in_any_company(seed, blocks, rows, most):
+    draw = torch.Generator().manual_seed(seed)
+    values = 50 * torch.randn(rows, blocks * BLOCK, generator=draw)
+    scale = torch.rand(rows, 1, generator=draw) * most / 50 + 1e-6
+    values[0, 1:] = -math.inf  # one possibility
+    found, product = log_sum_exp(values, None, scale), values.double() * scale.double()
+    torch.testing.assert_close(found.double(), product.logsumexp(1, keepdim=True), rtol=1e-6, atol=3e-6)
+    assert (found >= values.amax(1, keepdim=True) * scale).all()
+    one_by_one = [log_sum_exp(values[row : row + 1], None, scale[row : row + 1]) for row in range(rows)]
+    assert torch.equal(found, torch.cat(one_by_one))
+
+
 def test_log_sum_exp_of_nothing_is_nothing_that_makes_nan():
     values = torch.full((2, 2 * BLOCK), -math.inf)
     assert (values - log_sum_exp(values, values[:, ::BLOCK])).eq(-math.inf).all()
+    assert log_sum_exp(values, None, torch.ones(2, 1)).eq(0).all()
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,5 +1,6 @@
 """A prepared decoder computes what its model computes, and gives each row the same bits in any company."""
 
+import itertools
 import random
 from dataclasses import replace
 from functools import cache
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import generate
+from triglot.decoding.search import Scaled, generate, in_full
 from triglot.generation.held import keep_rows
 from triglot.generation.prepared import Prepared
-from triglot.generation.steps import SentenceSteps, search, start_texts
+from triglot.generation.steps import Sentences, SentenceSteps, search, start_texts
 from triglot.layers.masks import create_padding_mask
+from triglot.layers.packed import multiplies_int8
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
@@ -46,7 +48,8 @@ def test_translation_steps_are_the_models(options):
     targets = torch.randint(VOCAB, (3, 35), generator=torch.Generator().manual_seed(2))
     src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     plain = model.start(src, create_padding_mask(src), 90)
-    steps = SentenceSteps(Prepared(model), sources, 1, 90)
+    prepared = Prepared(model)
+    steps = SentenceSteps(prepared, [Sentences(prepared, sources, 1, 90)])
     for tokens in targets.T:
         found = torch.cat(list(steps.step(tokens)))
         torch.testing.assert_close(found[:, :VOCAB], plain.step(tokens), rtol=1e-4, atol=2e-5)
@@ -58,7 +61,8 @@ def test_hypotheses_go_on_from_the_parents_that_they_are_given(options):
     draw = torch.Generator().manual_seed(3)
     src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     plain = model.start(src, create_padding_mask(src), 90)
-    steps = SentenceSteps(Prepared(model), sources, 4, 90)
+    prepared = Prepared(model)
+    steps = SentenceSteps(prepared, [Sentences(prepared, sources, 4, 90)])
     live, width = torch.arange(3), 1
     for number in range(20):
         tokens = torch.randint(VOCAB, (width * len(live),), generator=draw)
@@ -106,6 +110,43 @@ def test_what_is_no_token_and_what_is_banned_never_comes(options):
     assert logits[:, VOCAB:].eq(-torch.inf).all()
     assert logits[:, [PAD, BOS]].eq(-torch.inf).all()
     assert logits[:, EOS:VOCAB].isfinite().all()
+
+
+@cache
+def with_many_words(precision: str, *, has_bias: bool = False) -> Prepared:
+    """Of a vocabulary whose logits are worth their quantised rows."""
+    torch.manual_seed(0)
+    model = Transformer(VOCAB, 5000, 32, 2, 4, 40, LONGEST, 0.0).eval()
+    prepared = Prepared(model, precision, (PAD, BOS))
+    assert precision != "int8" or "int8" in prepared.used
+    prepared.has_bias = has_bias
+    return prepared
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_logits_in_parts_are_those_of_all_rows(precision, rows):
+    prepared, hidden = with_many_words(precision), torch.randn(37, 32, generator=torch.Generator().manual_seed(1))
+    parts = list(prepared.logits_in_parts(hidden, rows))
+    assert [len(in_full(part)) for part in prepared.logits_in_parts(hidden, rows)] == [
+        min(rows, 37 - first) for first in range(0, 37, rows)
+    ]
+    to_be_scaled = multiplies_int8() and precision in ("int8", "int4")
+    assert all(isinstance(part, Scaled) == to_be_scaled for part in parts)
+    assert torch.equal(torch.cat([in_full(part) for part in parts]), prepared.logits(hidden))
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="whole numbers are scaled at once on this processor")
+def test_a_search_over_logits_that_are_still_to_be_scaled_finds_what_one_over_all_of_them_does():
+    sources, how = texts(5, 12), BeamSearch(beam=4, eos_ids=[EOS], nbest=4)
+    scaled, full = (
+        search(with_many_words("int8", has_bias=has_bias), sources, [20] * 12, how, BOS) for has_bias in (False, True)
+    )
+    assert [[text.ids for text in of_one] for of_one in scaled] == [[text.ids for text in of_one] for of_one in full]
+    for ours, expected in zip(itertools.chain(*scaled), itertools.chain(*full), strict=True):
+        assert ours.log_probs == pytest.approx(expected.log_probs, abs=5e-5)  # sums of 20 in fp32
+        assert max(ours.log_probs) <= 0
 
 
 # In any company
@@ -170,6 +211,18 @@ def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precis
     ]
     order = draw.sample(range(len(asked)), len(asked))
     mixed = translations(name, precision, [sources[row] for row in order], beam, [limits[row] for row in order], places)
+    assert mixed == [alone[row] for row in order]
+
+
+@settings(deadline=None, max_examples=10)
+@given(requests, st.randoms(use_true_random=False), st.sampled_from([2, 5]), st.integers(1, 9))
+def test_a_translation_of_many_words_in_whole_numbers_is_the_same_bits_in_any_company(asked, draw, beam, places):
+    prepared, how = with_many_words("int8"), BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam, patience=1.0)
+    sources, limits = [texts(seed, 1)[0] for seed, _ in asked], [limit for _, limit in asked]
+    asked_alone = zip(sources, limits, strict=True)
+    alone = [search(prepared, [ids], [limit], how, BOS)[0] for ids, limit in asked_alone]
+    order = draw.sample(range(len(asked)), len(asked))
+    mixed = search(prepared, [sources[row] for row in order], [limits[row] for row in order], how, BOS, places)
     assert mixed == [alone[row] for row in order]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from triglot.config import BlockOptions
 from triglot.generation.prepared import Prepared
-from triglot.generation.steps import SentenceSteps, start_texts
+from triglot.generation.steps import Sentences, SentenceSteps, start_texts
 from triglot.layers.activations import activate
 from triglot.layers.masks import create_look_ahead_mask, create_masks
 from triglot.models.decoder_only import DecoderLLM
@@ -254,7 +254,8 @@ def test_an_encoder_decoder_computes_what_transformers_does(name, fused, ids, re
         assert_close(ours(src, tgt, *masks, need_weights=need_weights).logits, expected)
     with torch.no_grad():
         steps = ours.start(src, masks.src_mask, LENGTH)
-        fast = SentenceSteps(Prepared(ours), [row[row != 0].tolist() for row in src], 1, LENGTH)
+        prepared, sources = Prepared(ours), [row[row != 0].tolist() for row in src]
+        fast = SentenceSteps(prepared, [Sentences(prepared, sources, 1, LENGTH)])
         for place, tokens in enumerate(tgt.T):
             assert_close(steps.step(tokens), expected[:, place])
             assert_close(torch.cat(list(fast.step(tokens)))[:, :VOCAB], expected[:, place])

@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, get_args
@@ -15,8 +15,22 @@ from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import BLOCK, largest, log_sum_exp
-from triglot.decoding.search import Decoded, Lengths, Steps, closed_up, limits_of, masked, normalised, refuse_nan
+from triglot.decoding.search import (
+    Decoded,
+    Lengths,
+    Scaled,
+    Steps,
+    closed_up,
+    in_full,
+    limits_of,
+    masked,
+    normalised,
+    refuse_nan,
+)
 from triglot.errors import ConfigError, DeadEndError, require
+
+Logits = Float[Tensor, "rows vocab"] | Scaled
+"""Of some sentences' hypotheses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +72,13 @@ class BeamSearch:
 
 
 class Beams:
-    """Sentences that begin together; `advance` takes the logits of all and says how their hypotheses go on."""
+    """Sentences side by side; `advance` takes the logits of all and says how their hypotheses go on."""
 
     def __init__(self, limits: Mapping[int, int], how: BeamSearch, device: torch.device | None = None) -> None:
         sentences, longest = len(limits), max(limits.values(), default=1)
-        self.how, self.count = how, 0
+        self.how = how
+        self.counts = torch.zeros(sentences, dtype=torch.long, device=device)
+        """The tokens of each sentence's hypotheses."""
         self.scores = torch.zeros(sentences, 1, device=device)
         """Σ log p of each hypothesis, falling; −∞ where there is none."""
         self.tokens = torch.zeros(sentences, how.beam, dtype=torch.long, device=device)
@@ -72,124 +88,138 @@ class Beams:
         self.history = torch.zeros(sentences, how.beam, longest, dtype=torch.long, device=device)
         self.sums = torch.zeros(sentences, how.beam, longest, device=device)  # the scores along each history
         self.pools = [_Pool(request, limit, how) for request, limit in limits.items()]
-        self.live = torch.arange(sentences, device=device)
-        """Of the sentences of the step before, those that go on."""
+        self.groups = [sentences]
+        """How many sentences of each of those that have been joined; no sentence takes another group's place."""
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)
+        """Of the hypotheses of the step before, those that the ones there are now go on from."""
 
-    def advance(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> dict[int, list[Decoded]]:
+    def __len__(self) -> int:
+        return len(self.pools)
+
+    def join(self, other: "Beams") -> None:
+        """Go on with the sentences of another search as well, behind these; both have begun, if there are any."""
+        longest = max(self.history.size(2), other.history.size(2))
+        self.scores = torch.cat([self.scores.expand(-1, self.how.beam), other.scores])
+        for name in ("tokens", "parents", "counts"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+        for name in ("history", "sums"):
+            both = (getattr(self, name), getattr(other, name))
+            setattr(self, name, torch.cat([F.pad(kept, (0, longest - kept.size(2))) for kept in both]))
+        self.pools += other.pools
+        self.groups += other.groups
+
+    def advance(self, logits: Iterable[Logits]) -> dict[int, list[Decoded]]:
         """Go on by a token each; the texts, best first, of those sentences that ended, by request.
 
         Rows are the hypotheses of each sentence, at first one; logits may come in parts, of some sentences each.
         """
-        how = self.how
+        how, width = self.how, self.scores.size(1)
         found, parent, token = self._continuations(logits)
         if (missing := how.beam - found.size(1)) > 0:  # a first step finds no more than there are tokens
             found = F.pad(found, (0, missing), value=-math.inf)
             parent, token = F.pad(parent, (0, missing)), F.pad(token, (0, missing))
         refuse_nan(found)
         ended = reduce(torch.logical_or, [token == end for end in how.eos_ids])
-        self._finish(found, parent, token, ended)
+        most = int(self.counts.max())
+        self._finish(found, parent, token, ended, most)
         self.scores, rank_of = largest(found.masked_fill(ended, -math.inf), how.beam)
         self.parents = parent.gather(1, rank_of)
         # A sentence without a text may hold a column that is no token.
         self.tokens = token.gather(1, rank_of).masked_fill_(self.scores == -math.inf, how.eos_ids[0])
+        at = self.counts[:, None, None].expand(-1, how.beam, 1)
         for kept, new in ((self.history, self.tokens), (self.sums, self.scores)):
-            used = kept[:, :, : self.count]
+            used = kept[:, :, :most]
             used.copy_(used.gather(1, self.parents[..., None].expand_as(used)))
-            kept[:, :, self.count] = new
-        self.count += 1
-        return self._end()
+            kept.scatter_(2, at, new[..., None])
+        self.counts += 1
+        return self._end(width)
 
-    def _continuations(self, logits: Iterable[Float[Tensor, "rows vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _continuations(self, logits: Iterable[Logits]) -> tuple[Tensor, Tensor, Tensor]:
         """The best of each sentence, `beam` and as many for each end token: scores, hypotheses, tokens.
 
         What is looked at of a part of the logits is taken out while it is in the cache, before the next one is made.
         """
         first, candidates, count = 0, list[_Candidates](), self.how.beam * (1 + len(self.how.eos_ids))
         for part in logits:
-            part = masked(part, self.how.banned) if self.how.banned else part.float()
-            if self.how.rules:
-                part = self._ruled(part, first)
-            rows, width = len(part), self.scores.size(1)
+            values, scale = self._allowed(part, first)
+            rows, width = len(values), self.scores.size(1)
             scores = self.scores[first // width : (first + rows) // width]
-            candidates.append(_candidates(scores, part, count))
+            candidates.append(_candidates(scores, values, scale, count))
             first += rows
-            del part  # so that the next one takes its place in the cache
+            del part, values  # so that the next one takes its place in the cache
         return _best(candidates, count)
+
+    def _allowed(
+        self, logits: Logits, first: int
+    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1"] | None]:
+        """What may come of the logits from row `first` on, and what they are still to be multiplied by."""
+        if isinstance(logits, Scaled) and not self.how.banned and not self.how.rules:
+            return logits
+        allowed = masked(in_full(logits), self.how.banned)
+        return self._ruled(allowed, first) if self.how.rules else allowed, None
 
     def _ruled(self, logits: Float[Tensor, "some vocab"], first: int) -> Float[Tensor, "some vocab"]:
         """What rules leave of the logits after the texts from row `first` on; they see those that are possible."""
         rows = self.scores.flatten()[first : first + len(logits)].isfinite().nonzero()[:, 0]
         at = [divmod(first + row, self.scores.size(1)) for row in rows.tolist()]
-        texts = [self.history[sentence, rank, : self.count].tolist() for sentence, rank in at]
+        counts = self.counts.tolist()
+        texts = [self.history[sentence, rank, : counts[sentence]].tolist() for sentence, rank in at]
         refuse_nan(logits[rows].amax(1))  # before a rule is blamed for it
         ruled = apply(self.how.rules, logits[rows], texts, [self.pools[sentence].request for sentence, _ in at])
         return logits.index_copy(0, rows, ruled)
 
-    def _finish(self, found: Tensor, parent: Tensor, token: Tensor, ended: Tensor) -> None:
-        """Move texts whose end token came to the pools of their sentences."""
+    def _finish(self, found: Tensor, parent: Tensor, token: Tensor, ended: Tensor, most: int) -> None:
+        """Move texts whose end token came, of at most so many others before it, to the pools of their sentences."""
         beam = self.how.beam
         at = (ended[:, :beam] & found[:, :beam].isfinite()).nonzero()
         sentences, ranks = at.unbind(1)
         parents = parent[sentences, ranks]
-        texts, sums = (kept[sentences, parents, : self.count].tolist() for kept in (self.history, self.sums))
-        ends, lasts = token[sentences, ranks].tolist(), found[sentences, ranks].tolist()
-        for sentence, ids, end, sums_of, last in zip(sentences.tolist(), texts, ends, sums, lasts, strict=True):
-            text = Decoded([*ids, end], _differences([*sums_of, last]), truncated=False)
+        texts = (kept[sentences, parents, :most].tolist() for kept in (self.history, self.sums))
+        ends = (kept[sentences, ranks].tolist() for kept in (token, found))
+        places = zip(sentences.tolist(), self.counts[sentences].tolist(), strict=True)
+        for (sentence, count), ids, sums, end, last in zip(places, *texts, *ends, strict=True):
+            text = Decoded([*ids[:count], end], _differences([*sums[:count], last]), truncated=False)
             self.pools[sentence].add(text)
 
-    def _end(self) -> dict[int, list[Decoded]]:
+    def _end(self, width: int) -> dict[int, list[Decoded]]:
         """Take out the sentences that have ended."""
+        counts, results, goes_on = self.counts.tolist(), dict[int, list[Decoded]](), list[bool]()
         bests = self.scores[:, 0].tolist()
-        complete = [pool.is_complete(best, self.count) for pool, best in zip(self.pools, bests, strict=True)]
-        results = {}
-        for sentence, pool in enumerate(self.pools):
-            if complete[sentence]:
-                pool.fill(self.history[sentence, :, : self.count], self.sums[sentence, :, : self.count])
+        for sentence, (pool, best, count) in enumerate(zip(self.pools, bests, counts, strict=True)):
+            goes_on.append(not pool.is_complete(best, count))
+            if not goes_on[-1]:
+                pool.fill(self.history[sentence, :, :count], self.sums[sentence, :, :count])
                 if not pool.best:
                     raise DeadEndError(pool.request)
                 results[pool.request] = pool.best
-        live = closed_up([not one for one in complete])
-        self.live = torch.tensor(live, dtype=torch.long, device=self.scores.device)
+        live, first = list[int](), 0
+        for number, size in enumerate(self.groups):
+            own = closed_up(goes_on[first : first + size])
+            live += [first + place for place in own]
+            first, self.groups[number] = first + size, len(own)
+        kept = torch.tensor(live, dtype=torch.long, device=self.scores.device)
         if results:
-            kept = self.live
             self.scores, self.tokens, self.parents = self.scores[kept], self.tokens[kept], self.parents[kept]
-            self.history, self.sums = self.history[kept], self.sums[kept]
+            self.history, self.sums, self.counts = self.history[kept], self.sums[kept], self.counts[kept]
             self.pools = [self.pools[sentence] for sentence in live]
+            self.groups = [size for size in self.groups if size]
+        self.rows = (kept[:, None] * width + self.parents).flatten()
         return results
 
 
+@torch.inference_mode()
 def beam_search(
     logits: Float[Tensor, "sentences vocab"], steps: Steps, how: BeamSearch, max_new_tokens: int | Sequence[int]
 ) -> list[list[Decoded]]:
     """The `nbest` best texts found for each sentence, best first."""
     limits = limits_of(max_new_tokens, logits.size(0), least=1)
-    results = search_in_parts(
-        [logits], lambda tokens: [steps.step(tokens)], steps.select, how, dict(enumerate(limits)), logits.device
-    )
+    beams, results = Beams(dict(enumerate(limits)), how, logits.device), dict[int, list[Decoded]]()
+    while len(beams):
+        results |= beams.advance([logits])
+        if len(beams):
+            steps.select(beams.rows)
+            logits = steps.step(beams.tokens.flatten())
     return [results[row][: how.nbest] for row in range(len(limits))]
-
-
-@torch.inference_mode()
-def search_in_parts(
-    logits: Iterable[Float[Tensor, "rows vocab"]],
-    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "rows vocab"]]],
-    select: Callable[[Int[Tensor, " kept"]], None],
-    how: BeamSearch,
-    limits: Mapping[int, int],
-    device: torch.device | None = None,
-) -> dict[int, list[Decoded]]:
-    """`beam_search` over logits that come in parts, of some sentences each; limits and results by request.
-
-    Where several are wanted, other texts that have finished follow, `beam` in all at most.
-    """
-    beams, results = Beams(limits, how, device), dict[int, list[Decoded]]()
-    while len(results) < len(limits):
-        width = beams.scores.size(1)
-        results |= beams.advance(logits)
-        if beams.pools:
-            select((beams.live[:, None] * width + beams.parents).flatten())
-            logits = step(beams.tokens.flatten())
-    return results
 
 
 class _Candidates(NamedTuple):
@@ -203,20 +233,30 @@ class _Candidates(NamedTuple):
 
 
 def _candidates(
-    scores: Float[Tensor, "sentences width"], logits: Float[Tensor, "rows vocab"], count: int
+    scores: Float[Tensor, "sentences width"],
+    logits: Float[Tensor, "rows vocab"],
+    scale: Float[Tensor, "rows 1"] | None,
+    count: int,
 ) -> _Candidates:
-    """Those blocks of tokens that have the largest maxima: the `count` best continuations are among them."""
+    """Those blocks of tokens that have the largest maxima: the `count` best continuations are among them.
+
+    Only what is looked at is multiplied by the scale, if there is one.
+    """
     (sentences, width), (rows, vocab) = scores.shape, logits.shape
     if vocab % BLOCK:
         logits = F.pad(logits, (0, -vocab % BLOCK), value=-math.inf)
     num_blocks = logits.size(1) // BLOCK
     maxima = logits.view(rows, num_blocks, BLOCK).amax(2)
-    normaliser = log_sum_exp(logits, maxima)
+    if scale is not None:
+        maxima.mul_(scale)
+    normaliser = log_sum_exp(logits, maxima, scale)
     by_block = (maxima - normaliser).view(sentences, width, num_blocks) + scores[..., None]
     chosen = largest(by_block.flatten(1), count)[1].sort(1).values  # in order, so that ties stay so
     starts = torch.arange(0, rows * num_blocks, width * num_blocks, device=chosen.device)
     picked = logits.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten()).view(sentences, -1, BLOCK)
     hypotheses = chosen // num_blocks
+    if scale is not None:
+        picked.mul_(scale.view(sentences, width).gather(1, hypotheses)[..., None])
     picked.sub_(normaliser.view(sentences, width).gather(1, hypotheses)[..., None])
     return _Candidates(picked.add_(scores.gather(1, hypotheses)[..., None]), chosen, num_blocks)
 

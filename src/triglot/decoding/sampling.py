@@ -19,9 +19,11 @@ from torch import Tensor
 from triglot.errors import ConfigError, require
 from triglot.layers.vectors import VECTOR, in_whole_vectors, round_up
 
-BLOCK = 128
+BLOCK = 64
 NOTHING = -1e30
 """Stands for −∞ where that would make NaN."""
+MODERATE = 32.0
+"""A row to be scaled whose largest number is no further from 0 is summed as it is: that costs a last bit, or two."""
 IN_CACHE = 2**19
 """Numbers that are worked on at a time, several times over."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -47,13 +49,15 @@ def largest(
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    top, index = values.topk(count)
-    least = top[:, -1:]
-    if ((values >= least).sum(1) > count).any():  # `topk` may have taken any of those that tie for the last places
+    top, index = values.topk(min(count + 1, values.size(1)))
+    if not (top[:, 1:] == top[:, :-1]).any():
+        return top[:, :count], index[:, :count]
+    least = top[:, count - 1 : count]
+    if (top[:, count:] == least).any():  # `topk` may have taken any of those that tie for the last places
         above, tied = values > least, values == least
         chosen = above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
         index = chosen.nonzero()[:, 1].view(-1, count)
-    index = index.sort(1).values
+    index = index[:, :count].sort(1).values
     top, order = values.gather(1, index).sort(descending=True, stable=True)
     return top, index.gather(1, order)
 
@@ -69,28 +73,39 @@ def first_largest(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]
 
 
 def log_sum_exp(
-    values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows _"] | None = None
+    values: Float[Tensor, "rows columns"],
+    maxima: Float[Tensor, "rows _"] | None = None,
+    scale: Float[Tensor, "rows 1"] | None = None,
 ) -> Float[Tensor, "rows 1"]:
     """log Σ exp of each row, given its maximum, or those of its blocks, where known; 0 for a row of −∞.
 
-    On processors PyTorch makes powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
+    With a `scale` above 0 it is that of scale · values, and so are the maxima. It is never below a row's maximum. On
+    processors PyTorch makes powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
     blocks, and never by several threads.
     """
     if values.size(1) % BLOCK:
         values = F.pad(values, (0, -values.size(1) % BLOCK), value=-math.inf)
-    maxima = values if maxima is None else maxima
+    if maxima is None:
+        maxima = values if scale is None else values.amax(1, keepdim=True) * scale
     top, per_log = maxima.amax(1, keepdim=True).clamp_min_(NOTHING), 1 / math.log(2)
+    taken = top if scale is None else torch.where(top.abs() > MODERATE, top, 0.0)
+    far = None if scale is None or not taken.any() else taken * per_log
     rows, columns = values.shape
     sums = values.new_ones(round_up(rows, VECTOR), 1)
     some = max(1, IN_CACHE // columns)
     powers = values.new_empty(min(rows, some), columns)
     for first in range(0, rows, some):
-        part, largest_of = values[first : first + some], top[first : first + some]
-        into = powers[: len(part)]
-        torch.sub(part, largest_of, out=into).mul_(per_log)  # so that the largest becomes exactly 1
+        at = slice(first, min(first + some, rows))
+        into = powers[: at.stop - first]
+        if scale is None:
+            torch.sub(values[at], top[at], out=into).mul_(per_log)  # so that the largest becomes exactly 1
+        else:
+            torch.mul(values[at], scale[at] * per_log, out=into)
+        if far is not None:
+            into.sub_(far[at])
         in_whole_vectors(into, Tensor.exp2_)
-        torch.sum(into.view(len(part), -1, BLOCK).sum(2), 1, keepdim=True, out=sums[first : first + len(part)])
-    return sums.log_()[:rows].add_(top).masked_fill_(top == NOTHING, 0.0)
+        torch.sum(into.view(len(into), -1, BLOCK).sum(2), 1, keepdim=True, out=sums[at])
+    return torch.maximum(sums.log_()[:rows].add_(taken), top).masked_fill_(top == NOTHING, 0.0)
 
 
 def keep_top_k(logits: Float[Tensor, "rows vocab"], top_k: int) -> Float[Tensor, "rows vocab"]:

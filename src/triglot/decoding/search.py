@@ -50,6 +50,19 @@ class Scored:
         return len(self.logits)
 
 
+class Scaled(NamedTuple):
+    """Logits of some rows as products of whole numbers give them: still to be multiplied, for whoever wants all."""
+
+    values: Float[Tensor, "rows vocab"]
+    scale: Float[Tensor, "rows 1"]
+    """Above 0."""
+
+
+def in_full(logits: Float[Tensor, "rows vocab"] | Scaled) -> Float[Tensor, "rows vocab"]:
+    """The logits themselves, in fp32; what they are made of is used up."""
+    return logits.values.mul_(logits.scale) if isinstance(logits, Scaled) else logits.float()
+
+
 @runtime_checkable
 class ScoredSteps(Protocol):
     """`Steps` that know more of their logits."""

@@ -1,6 +1,6 @@
 """Attention of a prepared model (`prepared.py`): over a text's own tokens, and over a sentence's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +29,19 @@ class Memory(NamedTuple):
     """What hides padding."""
     hypotheses: int
     """Rows of each sentence, one behind another."""
+
+
+class Part(NamedTuple):
+    """Rows of a step whose texts are held together: the next tokens of each, as many, text by text."""
+
+    place: Place
+    held: Held
+    memory: Memory | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.place.positions.numel()
 
 
 class Whole(NamedTuple):
@@ -75,6 +88,14 @@ def at_most(x: Float[Tensor, "filled d_model"], rows: int) -> Hidden:
 def at_least(x: Hidden, rows: int) -> Float[Tensor, "filled d_model"]:
     """The rows and as many zeros as are missing."""
     return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def by_part(rows: Sequence[Tensor], parts: Sequence[Part]) -> Iterable[Sequence[Tensor]]:
+    """Of each of these the rows of each part; where there is one part, without the calls that a step would wait for."""
+    if len(parts) == 1:
+        return [rows]
+    sizes = [part.rows for part in parts]
+    return zip(*(of_all.split(sizes) for of_all in rows), strict=True)
 
 
 def turned(heads: Float[Tensor, "rows heads head_dim"], turn: Turn) -> Float[Tensor, "rows heads head_dim"]:
@@ -135,10 +156,24 @@ class PreparedAttention:
             query, key = turned(both, turn).split([self.heads, self.kv_heads], 1)
         return fill_up(query), fill_up(key), fill_up(value)
 
-    def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None) -> Hidden:
-        """Rows are the next tokens of texts, as many of each text, behind one another."""
+    def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
+        """Rows are those of the parts, one behind another."""
+        rows = sum(part.rows for part in parts)
+        of_parts = by_part(self.project(x, rows, turn), parts)
+        mixed = [self.mix(q, k, v, part, layer) for (q, k, v), part in zip(of_parts, parts, strict=True)]
+        return self.outer(at_least(mixed[0] if len(mixed) == 1 else torch.cat(mixed), len(x)))
+
+    def mix(
+        self,
+        query: Float[Tensor, "rows heads width"],
+        key: Float[Tensor, "rows kv_heads width"],
+        value: Float[Tensor, "rows kv_heads width"],
+        part: Part,
+        layer: int,
+    ) -> Hidden:
+        """What the rows of a part attend to, themselves included."""
+        place, held = part.place, part.held
         (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
-        query, key, value = self.project(x, texts * new, turn)
         held.write(layer, place, key.float().reshape(-1, key.size(2)), value.float().reshape(-1, value.size(2)))
         query = in_order(query.view(texts, new, self.kv_heads, groups, -1).transpose(1, 2), torch.float32)
         query = query.view(texts * self.kv_heads, new * groups, -1)
@@ -150,7 +185,7 @@ class PreparedAttention:
         if mixed.shape[1:] != (new * groups, self.head_dim):
             mixed = mixed[:, : new * groups, : self.head_dim]
         mixed = mixed.reshape(texts, self.kv_heads, new, groups, self.head_dim).transpose(1, 2)
-        return self.outer(at_least(in_order(mixed, self.outer.dtype).view(texts * new, -1), len(x)))
+        return in_order(mixed, self.outer.dtype).view(texts * new, -1)
 
     def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
         """Rows are whole texts, whose keys and values go to `held` [2, texts, kv_heads, length, width]."""
@@ -186,17 +221,24 @@ class PreparedMemory:
             both[:, :, 0] = self.norms[1](both[:, :, 0])
         return fill_up(both.permute(2, 0, 3, 1, 4))
 
-    def step(self, x: Hidden, memory: Memory, layer: int) -> Hidden:
-        """Each row is a hypothesis."""
+    def step(self, x: Hidden, parts: Sequence[Part], layer: int) -> Hidden:
+        """Rows are those of the parts, each of them a hypothesis."""
+        query = at_most(self.query.narrow(x), sum(part.rows for part in parts))
+        if self.norms is not None:
+            query = self.norms[0](query.float().view(len(query), -1, self.head_dim)).flatten(1)
+        of_parts = by_part((query,), parts)
+        mixed = [self.mix(own, part, layer) for (own,), part in zip(of_parts, parts, strict=True)]
+        return self.outer(at_least(mixed[0] if len(mixed) == 1 else torch.cat(mixed), len(x)))
+
+    def mix(self, query: Hidden, part: Part, layer: int) -> Hidden:
+        """What hypotheses find in the memories of their sentences."""
+        memory = part.memory
+        assert memory is not None
         keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
         sentences, hypotheses = memory.keys.size(1), memory.hypotheses
-        rows = sentences * hypotheses
-        query = at_most(self.query.narrow(x), rows)
-        if self.norms is not None:
-            query = self.norms[0](query.float().view(rows, -1, self.head_dim))
         query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim)).transpose(1, 2)
         query = in_order(query, torch.float32).view(sentences * self.kv_heads, -1, query.size(-1))
         mixed = attend(query, keys, values, memory.bias)
         mixed = mixed if mixed.size(2) == self.head_dim else mixed[..., : self.head_dim]
         mixed = mixed.view(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
-        return self.outer(at_least(in_order(mixed, self.outer.dtype).view(rows, -1), len(x)))
+        return in_order(mixed, self.outer.dtype).view(sentences * hypotheses, -1)

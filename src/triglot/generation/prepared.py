@@ -6,7 +6,7 @@ end weigh exactly nothing and are so many that no sum is taken in another order.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
+from triglot.decoding.search import Scaled
 from triglot.errors import require
 from triglot.generation.attention import (
-    Memory,
+    Part,
     PreparedAttention,
     PreparedMemory,
     Turn,
@@ -32,7 +33,7 @@ from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
-from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, Packer, Precision, pack
+from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
 from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
 from triglot.models.decoder_only import DecoderLLM
@@ -190,13 +191,12 @@ class PreparedBlock:
         else:
             self.feed_forward = PreparedExperts(feed, packer)
 
-    def step(self, x: Hidden, held: Held, layer: int, place: Place, turn: Turn | None, memory: Memory | None) -> Hidden:
-        """Each row is the next token of a text of its own."""
-        x = self.around_self_attention(x, lambda h: self.self_attention.step(h, held, layer, place, turn))
+    def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
+        """Rows are the next tokens of texts."""
+        x = self.around_self_attention(x, lambda h: self.self_attention.step(h, parts, layer, turn))
         if (attention := self.memory) is not None:
-            assert memory is not None
-            x = self.around_memory(x, lambda h: attention.step(h, memory, layer))
-        feed, rows = self.feed_forward, place.positions.numel()
+            x = self.around_memory(x, lambda h: attention.step(h, parts, layer))
+        feed, rows = self.feed_forward, sum(part.rows for part in parts)
         return self.around_feed_forward(
             x, feed if isinstance(feed, PreparedFeedForward) else lambda h: feed.step(h, rows)
         )
@@ -233,21 +233,22 @@ class PreparedStack:
             return x, None
         return x, (self.turns[0].index_select(0, positions), self.turns[1].index_select(0, positions))
 
-    def step(
-        self,
-        tokens: Int[Tensor, "rows new"],
-        place: Place,
-        held: Held,
-        memory: Memory | None = None,
-    ) -> Float[Tensor, "tokens d_model"]:
-        """What stands before the projection once each row has read its next tokens, at their places."""
-        x, turn = self.embed(tokens.flatten(), place.positions.flatten().clamp(max=self.stack.max_seq_length - 1))
+    def step(self, tokens: Int[Tensor, " rows"], parts: Sequence[Part]) -> Hidden:
+        """What stands before the projection once the texts of all parts have read their next tokens."""
+        at = [part.place.positions.flatten() for part in parts]
+        positions = at[0] if len(at) == 1 else torch.cat(at)
+        x, turn = self.embed(tokens, positions.clamp(max=self.stack.max_seq_length - 1))
         x = at_least(x, self.packer.least_rows)
         if self.relative is not None:
-            place = place._replace(bias=place.bias + self.relative(place.positions, place.keys))
+            parts = [part._replace(place=self.relatively(part.place)) for part in parts]
         for number, block in enumerate(self.blocks):
-            x = block.step(x, held, number, place, turn, memory)
-        return self.finish(at_most(x, tokens.numel()))
+            x = block.step(x, parts, number, turn)
+        return self.finish(at_most(x, len(tokens)))
+
+    def relatively(self, place: Place) -> Place:
+        """A place whose bias knows of relative positions."""
+        assert self.relative is not None
+        return place._replace(bias=place.bias + self.relative(place.positions, place.keys))
 
     def whole(self, tokens: Int[Tensor, "texts length"], bias: Tensor, held: Tensor | None = None) -> Hidden:
         """Read whole texts; their keys and values go to `held` [2, layers, texts, kv_heads, length, width]."""
@@ -290,6 +291,7 @@ class Prepared:
         self.encoder = PreparedStack(model.encoder, packer) if isinstance(model, Transformer) else None
         self.decoder = PreparedStack(model.decoder if isinstance(model, Transformer) else model, packer)
         weight, bias = filled_up_projection(model.projection, banned)
+        self.has_bias, self.never = model.projection.bias is not None, bias.isneginf().nonzero()[:, 0]
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
@@ -302,6 +304,19 @@ class Prepared:
     def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
         """What follows `hidden`."""
         return at_most(self.head(at_least(hidden, self.head.least_rows)), len(hidden))
+
+    def logits_in_parts(self, hidden: Hidden, rows: int) -> Iterator[Float[Tensor, "some filled_up_vocab"] | Scaled]:
+        """The same, of so many rows at a time.
+
+        Those of int8 are quantised together, so that each part can take the memory of the last, and left as they come.
+        """
+        head = self.head
+        if self.has_bias or not isinstance(head, PackedInt8):
+            yield from map(self.logits, hidden.split(rows))
+            return
+        whole, largest = quantise_rows(hidden)
+        for some, scale in zip(whole.split(rows), largest.split(rows), strict=True):
+            yield Scaled(head.product(some).index_fill_(1, self.never, -math.inf), scale)
 
     def hold(self, rows: int, most: int, beam: int | None = None) -> Held:
         """Room for `rows` texts of at most `most` tokens; of sentences with `beam` hypotheses each, for all of them."""

@@ -2,19 +2,19 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triglot.decoding.beam import BeamSearch, search_in_parts
+from triglot.decoding.beam import Beams, BeamSearch
 from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Chooser, Decoded, gather, stream_in_parts
+from triglot.decoding.search import Chooser, Decoded, Scaled, gather, in_full, stream_in_parts
 from triglot.errors import DeadEndError
-from triglot.generation.attention import Memory
+from triglot.generation.attention import Memory, Part
 from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows
 from triglot.generation.prepared import Prepared
 from triglot.layers.attend import FORBIDDEN
@@ -33,7 +33,7 @@ TOGETHER = 128
 """Rows whose logits are made and used at a time: so many do not leave the cache in between."""
 
 
-class SentenceSteps:
+class Sentences:
     """Hypotheses of sentences that begin together: one of each at first, then `beam`.
 
     A sentence keeps the keys and values of all its hypotheses side by side, and each of them knows which are its own:
@@ -49,18 +49,18 @@ class SentenceSteps:
         self.written = torch.zeros(self.held.rows, 0, dtype=torch.long)
         """Where in its hypothesis each place's token stands; nothing where no relative positions ask for it."""
 
-    @torch.inference_mode()
-    def step(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Float[Tensor, "rows filled_up_vocab"]]:
-        """Feed each hypothesis its next token; logits of the one after, of some sentences each, −∞ for no token."""
-        tokens = tokens.view(self.held.rows, -1)
-        self.width = width = tokens.size(1)
-        memory = Memory(self.memory[0], self.memory[1], self.bias, width)
-        hidden = self.prepared.decoder.step(tokens, self._place(width), self.held, memory)
-        self.count += 1
-        return map(self.prepared.logits, hidden.split(max(1, TOGETHER // width) * width))
+    def __len__(self) -> int:
+        return self.held.rows
 
-    def _place(self, new: int) -> Place:
+    def part(self) -> Part:
+        """What attention needs to know of the hypotheses' next tokens, which are counted as read."""
+        part = Part(self._place(), self.held, Memory(self.memory[0], self.memory[1], self.bias, self.width))
+        self.count += 1
+        return part
+
+    def _place(self) -> Place:
         """Where the next tokens stand; each attends to its hypothesis' own and to itself."""
+        new = self.width
         own = F.pad(self.own, (0, new))
         places = own.any(1).to(torch.uint8).sort(dim=1, stable=True).indices[:, :new]
         own[:, :new].scatter_(2, places[..., None], True)
@@ -72,7 +72,6 @@ class SentenceSteps:
             self.written = written.scatter_(1, places, self.count)
         return Place(torch.full_like(places, self.count), length, self.held.at(places), bias, self.written)
 
-    @torch.inference_mode()
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Have hypotheses go on from these, `beam` of each sentence that does, in this order."""
         chosen = rows.view(-1, self.beam)
@@ -81,6 +80,31 @@ class SentenceSteps:
         if len(kept) < self.held.rows or not kept.equal(torch.arange(len(kept))):
             self.held.keep(kept)
             self.memory, self.bias = keep_rows(self.memory, 2, kept), keep_rows(self.bias, 0, kept)
+        self.width = self.beam
+
+
+class SentenceSteps:
+    """Sentences of several beginnings, one behind another, read by the same products."""
+
+    def __init__(self, prepared: Prepared, groups: Sequence[Sentences]) -> None:
+        self.prepared, self.groups = prepared, list(groups)
+
+    @torch.inference_mode()
+    def step(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Float[Tensor, "rows filled_up_vocab"] | Scaled]:
+        """Feed each hypothesis its next token; logits of the one after, of some sentences each, −∞ for no token."""
+        [width] = {group.width for group in self.groups}
+        hidden = self.prepared.decoder.step(tokens, [group.part() for group in self.groups])
+        return self.prepared.logits_in_parts(hidden, max(1, TOGETHER // width) * width)
+
+    @torch.inference_mode()
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Have hypotheses go on from these, `beam` of each sentence that does, each group's behind one another."""
+        first = 0
+        for group in self.groups:
+            last = first + len(group) * group.width
+            group.select(rows[(rows >= first) & (rows < last)] - first)
+            first = last
+        self.groups = [group for group in self.groups if len(group)]
 
 
 def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -113,31 +137,80 @@ def search(
     start_id: int,
     places: int | None = None,
 ) -> list[list[Decoded]]:
-    """The best texts of each source, `places` sources of like lengths at a time."""
+    """The best texts of each source, of `places` sources of like lengths at a time."""
+    if not sources:
+        return []
     order = sorted(range(len(sources)), key=lambda row: len(sources[row]), reverse=True)
-    results: dict[int, list[Decoded]] = {}
-    while order:
-        positions = how.beam * max(limits) + len(sources[order[0]])
-        some = places or max(1, min(ROWS // how.beam, HELD_BYTES // (positions * prepared.bytes_held)))
-        some = math.ceil(len(order) / math.ceil(len(order) / some))  # no small rest
-        rows, order = order[:some], order[some:]
+    positions = how.beam * max(limits) + len(sources[order[0]])
+    places = places or max(1, min(ROWS // how.beam, HELD_BYTES // (positions * prepared.bytes_held)))
+
+    def begin(rows: Sequence[int]) -> tuple[SentenceSteps, Iterator[Tensor | Scaled]]:
         longest = max(limits[row] for row in rows)
-        steps = SentenceSteps(prepared, [sources[row] for row in rows], how.beam, longest)
-        first = steps.step(torch.full((len(rows),), start_id))
-        if how.beam == 1 and (how.patience or 1) <= 1:
-            results |= zip(rows, greedy(first, steps, how, rows, [limits[row] for row in rows]), strict=True)
-        else:
-            results |= search_in_parts(first, steps.step, steps.select, how, {row: limits[row] for row in rows})
+        steps = SentenceSteps(prepared, [Sentences(prepared, [sources[row] for row in rows], how.beam, longest)])
+        return steps, steps.step(torch.full((len(rows),), start_id))
+
+    if how.beam == 1 and (how.patience or 1) <= 1:
+        results = dict[int, list[Decoded]]()
+        for rows in in_shares(order, places):
+            results |= zip(rows, greedy(*begin(rows), how, rows, [limits[row] for row in rows]), strict=True)
+    else:
+        lengths = {row: round_up(len(sources[row]), LENGTH) for row in order}
+        results = search_beams(SentenceSteps(prepared, []), begin, lengths, dict(enumerate(limits)), how, places)
     return [results[row] for row in range(len(sources))]
 
 
+def in_shares(order: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """These in as few shares as can be, none of which is small beside the others."""
+    share = math.ceil(len(order) / math.ceil(len(order) / most))
+    return (order[first : first + share] for first in range(0, len(order), share))
+
+
+def search_beams(
+    steps: SentenceSteps,
+    begin: Callable[[Sequence[int]], tuple[SentenceSteps, Iterator[Tensor | Scaled]]],
+    lengths: Mapping[int, int],
+    limits: Mapping[int, int],
+    how: BeamSearch,
+    places: int,
+) -> dict[int, list[Decoded]]:
+    """The best texts by request, those of `lengths` in their order.
+
+    Where half of the places are free, sentences whose sources take as many keys begin and go on beside those that
+    are there, which otherwise, few as they come to be, would have steps of their own.
+    """
+    waiting, beams, results = list(lengths), Beams({}, how), dict[int, list[Decoded]]()
+    while waiting or len(beams):
+        while waiting and len(beams) <= places // 2:
+            some = waiting[: places - len(beams)]
+            some = [row for row in some if lengths[row] == lengths[some[0]]]
+            del waiting[: len(some)]
+            new, first = begin(some)
+            begun = Beams({row: limits[row] for row in some}, how)
+            results |= begun.advance(first)
+            new.select(begun.rows)
+            beams.join(begun)
+            steps.groups += new.groups
+        if len(beams):
+            results |= beams.advance(steps.step(beams.tokens.flatten()))
+            steps.select(beams.rows)
+    return results
+
+
 def greedy(
-    first: Iterable[Tensor], steps: SentenceSteps, how: BeamSearch, requests: Sequence[int], limits: Sequence[int]
+    steps: SentenceSteps,
+    first: Iterable[Tensor | Scaled],
+    how: BeamSearch,
+    requests: Sequence[int],
+    limits: Sequence[int],
 ) -> list[list[Decoded]]:
     """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
     rules = [Within(rule, requests) for rule in how.rules]
     choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules, scored=how.scored)
-    tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_ids)
+
+    def step(tokens: Tensor) -> Iterator[Tensor]:
+        return map(in_full, steps.step(tokens))
+
+    tokens = stream_in_parts(map(in_full, first), step, steps.select, choose, limits, how.eos_ids)
     try:
         return [[text] for text in gather(tokens, len(limits), how.eos_ids)]
     except DeadEndError as error:
@@ -162,7 +235,7 @@ class TextSteps:
         """Feed each text its next tokens; logits of the one after each."""
         new = tokens.size(1)
         place = self.held.place(self.ends[:, None] + torch.arange(new))
-        hidden = self.prepared.decoder.step(tokens, place, self.held)
+        hidden = self.prepared.decoder.step(tokens.flatten(), [Part(place, self.held)])
         self.ends = self.ends + new
         return self.prepared.logits(hidden).view(*tokens.shape, -1)
 

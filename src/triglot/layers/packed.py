@@ -129,14 +129,17 @@ class PackedInt8(_InFull):
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         whole, largest = quantise_rows(x)
-        y: Tensor
-        if len(x) == 1:
-            y = torch._int_mm(whole.view(torch.int8).bitwise_xor(_SIGN), self.columns) * self.scale
-        else:
-            y = torch.ops.onednn.qlinear_pointwise(
-                whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-            )
+        y = self.product(whole)
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
+
+    def product(self, whole: UInt8[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """What is still to be multiplied by each row's largest, without the bias."""
+        if len(whole) == 1:
+            return torch._int_mm(whole.view(torch.int8).bitwise_xor(_SIGN), self.columns) * self.scale
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y
 
 
 class PackedInt7(_InFull):
