@@ -196,10 +196,10 @@ def smollm2_shape() -> DecoderLLM:
 SHAPES = {"GPT-2 124M": gpt2_shape, "SmolLM2 135M": smollm2_shape}
 
 
-def prompts(rows: int) -> list[list[int]]:
+def prompts(rows: int, below: int = 49152) -> list[list[int]]:
     """Random ones."""
     draw = torch.Generator().manual_seed(1)
-    return torch.randint(3, 49152, (rows, PROMPT), generator=draw).tolist()
+    return torch.randint(3, below, (rows, PROMPT), generator=draw).tolist()
 
 
 def our_texts(shape: str, rows: int, precision: Any, compiles: bool = False) -> Work:

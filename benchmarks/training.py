@@ -317,6 +317,7 @@ def main() -> None:
     data = os.environ.get("TRIGLOT_DATA")
     known = "holds multi30k/ (default: TRIGLOT_DATA)"
     parser.add_argument("--data", type=Path, default=Path(data) if data else None, metavar="DIR", help=known)
+    parser.add_argument("--only", nargs="+", choices=("decoder", "pairs", "gpu"), help="default: what can be")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--laptop", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -326,10 +327,12 @@ def main() -> None:
             keep_freed_memory()  # as `triglot train` does
         measure.serve(works(section, options)[name])
         return
-    sections = ["decoder"] + ["pairs"] * (options.data is not None)
-    found = [row for section in sections for laptop in (False, True) for row in section_rows(section, laptop, options)]
-    if torch.cuda.is_available():
-        found += section_rows("gpu", False, options)
+    possible = {"decoder": True, "pairs": options.data is not None, "gpu": torch.cuda.is_available()}
+    sections = options.only or [section for section, can_be in possible.items() if can_be]
+    found = list[Row]()
+    for section in sections:
+        for laptop in (False,) if section == "gpu" else (False, True):
+            found += section_rows(section, laptop, options)
     measure.report(found, options.json)
 
 

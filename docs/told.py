@@ -1,6 +1,6 @@
 """What the reference prints of the library itself: modules, commands, recipes, and the founding document's names."""
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -46,8 +46,9 @@ def modules(*names: str) -> None:
 
 
 def inner_modules(name: str) -> Iterator[str]:
-    """The modules of a package, not those of its packages."""
-    path = getattr(importlib.import_module(name), "__path__", [])
+    """The modules of a package, not those of its packages; what needs a library that is not here is one, too."""
+    spec = importlib.util.find_spec(name)
+    path = (spec and spec.submodule_search_locations) or []
     yield from sorted(one.name for one in pkgutil.iter_modules(path, f"{name}."))
 
 

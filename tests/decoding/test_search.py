@@ -368,8 +368,9 @@ def test_what_is_known_of_logits_is_used_where_they_stay_what_they_are(sampler, 
     choose, texts = Chooser(sampler=sampler, **changes), [[], [], []]
 
     def chosen(given):
-        ids, tokens = choose(given, range(3), texts, torch.Generator().manual_seed(3))
-        return ids.tolist(), [one.id for one in tokens], torch.tensor([one.log_prob for one in tokens])
+        found = choose(given, range(3), texts, torch.Generator().manual_seed(3))
+        tokens = found.tokens()
+        return found.ids.tolist(), [one.id for one in tokens], torch.tensor([one.log_prob for one in tokens])
 
     for found, expected in zip(chosen(Scored(logits, best, normaliser)), chosen(logits), strict=True):
         torch.testing.assert_close(found, expected)

@@ -26,6 +26,8 @@ MODERATE = 32.0
 """A row to be scaled whose largest number is no further from 0 is summed as it is: that costs a last bit, or two."""
 IN_CACHE = 2**19
 """Numbers that are worked on at a time, several times over."""
+ROWS = 16
+"""Rows that a GPU draws for at a time."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for all rows, one for each row, or torch's own."""
 
@@ -133,7 +135,7 @@ def keep_typical_p(logits: Float[Tensor, "rows vocab"], typical_p: float) -> Flo
     """
     log_probs = logits.log_softmax(1)
     # A running sum, since `sum` adds a row that is alone in another order than rows in company.
-    entropy = -(logits.softmax(1) * log_probs.clamp_min(NOTHING)).cumsum(1)[:, -1:]
+    entropy = -running_sum(logits.softmax(1) * log_probs.clamp_min(NOTHING))[:, -1:]
     index = (-log_probs - entropy).abs().sort(dim=1, stable=True).indices
     return _until(typical_p, logits.gather(1, index), index)
 
@@ -141,9 +143,17 @@ def keep_typical_p(logits: Float[Tensor, "rows vocab"], typical_p: float) -> Flo
 def _until(mass: float, values: Tensor, index: Tensor) -> Tensor:
     """The first logits, at least one, whose probabilities sum to `mass`, each back at its `index`; −∞ elsewhere."""
     probabilities = values.softmax(1)
-    before = probabilities.cumsum(1) - probabilities
+    before = running_sum(probabilities) - probabilities
     before[:, 0] = 0.0  # rounding must not cost the first its place
     return torch.empty_like(values).scatter(1, index, values.masked_fill(before >= mass, float("-inf")))
+
+
+def running_sum(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """`cumsum` of each row, which a GPU takes in an order that depends on how many rows there are: ROWS at a time."""
+    if values.device.type == "cpu":
+        return values.cumsum(1)
+    parts = values.split(ROWS)
+    return torch.cat([F.pad(part, (0, 0, 0, ROWS - len(part))).cumsum(1)[: len(part)] for part in parts])
 
 
 def uniforms(rows: int, generator: Generators) -> Float[Tensor, " rows"]:
@@ -156,7 +166,7 @@ def uniforms(rows: int, generator: Generators) -> Float[Tensor, " rows"]:
 
 def draw(probabilities: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """The first token whose cumulative probability exceeds uniform · total; never one of probability 0."""
-    cumulative = probabilities.cumsum(1).masked_fill(probabilities == 0, 0.0)
+    cumulative = running_sum(probabilities).masked_fill(probabilities == 0, 0.0)
     total = cumulative.amax(1, keepdim=True)
     below_total = torch.nextafter(total, torch.zeros_like(total))  # a uniform next to 1 may round up to the total
     threshold = torch.minimum(uniform.to(total.device)[:, None] * total, below_total)

@@ -49,6 +49,15 @@ class Scored:
     def __len__(self) -> int:
         return len(self.logits)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.logits.device
+
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> "Scored":
+        """The same of some rows, in this order."""
+        return Scored(self.logits[rows], self.best[rows], self.normaliser[rows])
+
 
 class Scaled(NamedTuple):
     """Logits of some rows as products of whole numbers give them: still to be multiplied, for whoever wants all."""
@@ -66,6 +75,9 @@ def in_full(logits: Float[Tensor, "rows vocab"] | Scaled) -> Float[Tensor, "rows
 @runtime_checkable
 class ScoredSteps(Protocol):
     """`Steps` that know more of their logits."""
+
+    ahead: bool
+    """Whether a step is made while the program goes on: the next can begin before the last one's tokens are known."""
 
     def step(self, tokens: Int[Tensor, " rows"]) -> Scored: ...
     def select(self, rows: Int[Tensor, " kept"]) -> None: ...
@@ -118,6 +130,37 @@ def masked(logits: Float[Tensor, "rows vocab"], banned: Sequence[int]) -> Float[
     return logits.index_fill(1, torch.tensor(banned, dtype=torch.long, device=logits.device), float("-inf"))
 
 
+class Chosen:
+    """The next tokens of some rows: their ids where logits are, and all of them once they have come from there."""
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        ids: Int[Tensor, " rows"],
+        scores: Float[Tensor, "rows 1"],
+        told: Iterable[tuple[tuple[int, float], ...]] | None = None,
+        *,
+        scored: bool = True,
+    ) -> None:
+        self.rows, self.ids, self._told, self._scored = rows, ids, told, scored
+        self._here = [part.to("cpu", non_blocking=part.is_cuda) for part in (ids, scores[:, 0])]
+        self._arrived = torch.cuda.Event() if ids.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(ids.device))
+
+    def tokens(self) -> list[Token]:
+        """The tokens; CheckpointError where there was nothing to choose from but NaN."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ids, scores = (part.tolist() for part in self._here)
+        require(not any(map(math.isnan, scores)), "logits", "numbers", "NaN", CheckpointError)
+        if not self._scored:
+            scores = [math.nan] * len(ids)
+        if self._told is None:
+            return list(map(Token, self.rows, ids, scores))
+        return list(map(Token, self.rows, ids, scores, self._told))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chooser:
     """How a search of one text a row chooses: by `sampler`, from what `banned` and `rules` leave of the logits."""
@@ -133,7 +176,7 @@ class Chooser:
     @torch.inference_mode()
     def __call__(
         self, logits: Float[Tensor, "rows vocab"] | Scored, rows: Sequence[int], texts: Texts, generator: Generators
-    ) -> tuple[Int[Tensor, " rows"], list[Token]]:
+    ) -> Chosen:
         """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
         known = None
         if isinstance(logits, Scored):
@@ -148,19 +191,14 @@ class Chooser:
         ids = known.best if greedy and known else self.sampler(allowed, generator)
         own = allowed.gather(1, ids[:, None])
         if not self.scored and greedy:
-            refuse_nan(own)
-            return ids, [Token(row, token, math.nan) for row, token in zip(rows, ids.tolist(), strict=True)]
+            return Chosen(rows, ids, own, scored=False)
         normaliser = known.normaliser if known else log_sum_exp(allowed, own if greedy else None)
-        refuse_nan(normaliser)
-        log_probs = (own - normaliser)[:, 0].tolist()
-        if not self.top_logprobs:
-            return ids, list(map(Token, rows, ids.tolist(), log_probs))
-        told = alternatives(allowed - normaliser, self.top_logprobs)
-        return ids, list(map(Token, rows, ids.tolist(), log_probs, told))
+        told = alternatives(allowed - normaliser, self.top_logprobs) if self.top_logprobs else None
+        return Chosen(rows, ids, own - normaliser, told)
 
 
 def stream(
-    logits: Float[Tensor, "rows vocab"],
+    logits: Float[Tensor, "rows vocab"] | Scored,
     steps: Steps | ScoredSteps,
     sampler: Sampler,
     max_new_tokens: int | Sequence[int],
@@ -180,16 +218,25 @@ def stream(
     alternatives told of each token, where so many are possible. Rules know the rows as their requests; DeadEndError
     where they leave one no token.
     """
-    limits = limits_of(max_new_tokens, logits.size(0), least=0)
+    limits = limits_of(max_new_tokens, len(logits), least=0)
     require(top_logprobs >= 0, "top_logprobs", "at least 0", top_logprobs, ConfigError)
     choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
+    ahead = not rules and getattr(steps, "ahead", False)  # rules have to know the tokens
     return stream_in_parts(
-        [logits], lambda tokens: [steps.step(tokens)], steps.select, choose, limits, eos_ids, generator, stopped
+        [logits],
+        lambda tokens: [steps.step(tokens)],
+        steps.select,
+        choose,
+        limits,
+        eos_ids,
+        generator,
+        stopped,
+        ahead=ahead,
     )
 
 
 def generate(
-    logits: Float[Tensor, "rows vocab"],
+    logits: Float[Tensor, "rows vocab"] | Scored,
     steps: Steps | ScoredSteps,
     sampler: Sampler,
     max_new_tokens: int | Sequence[int],
@@ -203,7 +250,7 @@ def generate(
     tokens = stream(
         logits, steps, sampler, max_new_tokens, eos_ids=eos_ids, banned=banned, rules=rules, generator=generator
     )
-    return gather(tokens, logits.size(0), eos_ids)
+    return gather(tokens, len(logits), eos_ids)
 
 
 def gather(tokens: Iterable[Token], rows: int, eos_ids: Collection[int]) -> list[Decoded]:
@@ -217,7 +264,7 @@ def gather(tokens: Iterable[Token], rows: int, eos_ids: Collection[int]) -> list
 
 @torch.inference_mode()
 def stream_in_parts(
-    logits: Iterable[Float[Tensor, "some vocab"]],
+    logits: Iterable[Float[Tensor, "some vocab"] | Scored],
     step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"] | Scored]],
     select: Callable[[Int[Tensor, " kept"]], None],
     choose: Chooser,
@@ -225,30 +272,36 @@ def stream_in_parts(
     eos_ids: Collection[int],
     generator: Generators = None,
     stopped: Container[int] = (),
+    *,
+    ahead: bool = False,
 ) -> Iterator[Token]:
-    """`stream` over logits that come in parts, of some rows each, behind one another; finished rows are dropped."""
+    """`stream` over logits that come in parts, of some rows each, behind one another; finished rows are dropped.
+
+    With `ahead` a step begins before the tokens that it reads are known here, so that it has read one more of a row
+    that turns out to be finished, and what it knows of that row is dropped.
+    """
     texts: list[list[int]] = [[] for _ in limits]  # kept for rules alone
     live = closed_up([limit > 0 for limit in limits])  # the row that stands at each place of the batch
-    if 0 < len(live) < len(limits):
-        logits = [torch.cat(list(logits))[live]]
-        select(torch.tensor(live, device=logits[0].device))
     parts: Iterable[Tensor | Scored] = logits
+    if 0 < len(live) < len(limits):
+        parts = [one_part(logits)[live]]
+        select(torch.tensor(live, device=parts[0].device))
     made = 0
     while live:
-        chosen, tokens = list[Tensor](), list[Token]()
+        chosen, rest = list[Chosen](), live
         for part in parts:
-            rows = live[len(tokens) : len(tokens) + len(part)]
+            rows, rest = rest[: len(part)], rest[len(part) :]
             own = [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
-            ids, new = choose(part, rows, [texts[row] for row in rows], own)
-            chosen.append(ids)
-            tokens += new
+            chosen.append(choose(part, rows, [texts[row] for row in rows], own))
             del part  # so that the next one takes its place in the cache
         made += 1
+        fed = torch.cat([one.ids for one in chosen])
+        begun = step(fed) if ahead and any(made < limits[row] for row in live) else None
+        tokens = [token for one in chosen for token in one.tokens()]
         if choose.rules:
             for token in tokens:
                 texts[token.row].append(token.id)
         yield from tokens
-        fed = torch.cat(chosen)
         kept = closed_up(
             [one.id not in eos_ids and made < limits[one.row] and one.row not in stopped for one in tokens]
         )
@@ -256,9 +309,16 @@ def stream_in_parts(
             places = torch.tensor(kept, device=fed.device)
             select(places)
             fed = fed[places]
+            begun = None if begun is None else [one_part(begun)[places]]
         live = [live[place] for place in kept]
         if live:
-            parts = step(fed)
+            parts = step(fed) if begun is None else begun
+
+
+def one_part(parts: Iterable[Float[Tensor, "some vocab"] | Scored]) -> Float[Tensor, "rows vocab"] | Scored:
+    """All rows as one part; there is but one that is scored."""
+    first, *others = parts
+    return first if isinstance(first, Scored) else torch.cat([first, *others])  # type: ignore[list-item]  # nor are these
 
 
 def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tuple[tuple[int, float], ...]]:

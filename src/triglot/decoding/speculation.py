@@ -92,7 +92,7 @@ def speculate(
         for place, row in enumerate(live):
             began = len(texts[row])
             for at, guess in enumerate([*guesses[place], None][: left[row]]):
-                _, [token] = choose(after[place, at, None], [row], [texts[row]], [generators[row]])
+                [token] = choose(after[place, at, None], [row], [texts[row]], [generators[row]]).tokens()
                 texts[row].append(token.id)
                 yield token
                 if row in stopped or token.id in eos_ids or token.id != guess:

@@ -190,6 +190,8 @@ class Group:
 class CompiledTexts:
     """Texts that go on by compiled code, a group after another (`decoding.search.ScoredSteps`)."""
 
+    ahead = False
+
     def __init__(
         self, compiled: Compiled, texts: Sequence[Float[Tensor, "2 layers _ kv_heads head_dim"]], capacity: int
     ) -> None:

@@ -45,7 +45,8 @@ def load(
     packed for it, on a GPU bf16 is the type of the model and int8 is refused. With `workers` above 1 so many processes
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
     run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`. With
-    `compiled` texts go on by compiled code (`generation/compiled.py`): the fastest for one text and for few.
+    `compiled` texts go on by compiled code: on a processor the fastest for one text and for few
+    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`).
     """
     where = device_here(device)
     on_processor = where.type == "cpu"

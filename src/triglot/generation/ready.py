@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from triglot.config import RunConfig
 from triglot.decoding.speculation import Draft, NGrams
 from triglot.errors import ConfigError, DataError, require
+from triglot.generation.captured import Captured, can_be_captured
 from triglot.generation.compiled import Compiled
 from triglot.generation.drafts import ModelDraft
 from triglot.generation.prepared import Prepared
@@ -29,7 +30,7 @@ BATCH_TOKENS = 16_384
 class Ready:
     """A model in evaluation mode; on a processor it is prepared when it is first asked for.
 
-    Its weights must not change then. Other devices and types decode with the model as it is.
+    Its weights must not change then. On a GPU texts go on by captured steps; all else decodes with the model as it is.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Ready:
         self.model, self.config, self.tokenizers, self.precision = model, config, tokenizers, precision
         weight = model.projection.weight
         self._can_be_prepared = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self._can_be_captured = weight.is_cuda and can_be_captured(model)
         rule = "fp32 unless the model is on a processor, in fp32"
         require(self._can_be_prepared or precision == "fp32", "precision", rule, precision, ConfigError)
         if draft is not None:
@@ -63,8 +65,8 @@ class Ready:
             self._check_compiles()
 
     def _check_compiles(self) -> None:
-        fits = self._can_be_prepared and isinstance(self.model, DecoderLLM)
-        rule = "left out unless the model is a decoder-only one on a processor, in fp32"
+        fits = self._can_be_captured or (self._can_be_prepared and isinstance(self.model, DecoderLLM))
+        rule = "left out unless the model is a decoder-only one, on a processor in fp32, or on a GPU without experts"
         require(fits, "compiled", rule, True, ConfigError)
         rule = "fp32, bf16 or int8 where `compiled` is set"
         require(self.precision != "int4", "precision", rule, self.precision, ConfigError)
@@ -72,7 +74,14 @@ class Ready:
     @cached_property
     def compiled(self) -> Compiled | None:
         """What goes on from a prompt where that was asked for; compiling it takes up to two minutes, once."""
-        return Compiled(self.writer, self.precision, self._never) if self._compiles else None
+        if not self._compiles or not self._can_be_prepared:
+            return None
+        return Compiled(self.writer, self.precision, self._never)
+
+    @cached_property
+    def captured(self) -> Captured | None:
+        """What goes on from a prompt on a GPU; None elsewhere, and with experts, of which each step needs others."""
+        return Captured(self.writer, self._never, compiled=self._compiles) if self._can_be_captured else None
 
     @cached_property
     def prepared(self) -> Prepared | None:
@@ -87,7 +96,7 @@ class Ready:
 
         Compiled, all weights are what was asked for.
         """
-        if self._compiles:
+        if self._compiles and self._can_be_prepared:
             return self.precision
         if (prepared := self.prepared) is not None:
             return " and ".join(one for one in get_args(Precision) if one in prepared.used)
@@ -106,7 +115,7 @@ class Ready:
     @property
     def banned(self) -> Sequence[int]:
         """What a search has to ban itself."""
-        return () if self._can_be_prepared else self._never
+        return () if self._can_be_prepared or self._can_be_captured else self._never
 
     @property
     def _never(self) -> list[int]:

@@ -5,6 +5,7 @@ does not depend on its company.
 """
 
 from collections.abc import Container, Iterator, Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, Within
-from triglot.decoding.search import ScoredSteps, Steps, Token, stream
+from triglot.decoding.search import Scored, ScoredSteps, Steps, Token, stream
 from triglot.decoding.speculation import SteppingBack, speculate
 from triglot.errors import ConfigError, DeadEndError, require
+from triglot.generation.captured import start_captured
 from triglot.generation.compiled import start_compiled
 from triglot.generation.options import Sampling
 from triglot.generation.ready import Ready, batches, pad
@@ -176,7 +178,7 @@ def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[
 def _tokens(
     ready: Ready,
     how: Sampling,
-    first: Float[Tensor, "texts vocab"],
+    first: Float[Tensor, "texts vocab"] | Scored,
     steps: Steps | ScoredSteps,
     limits: Sequence[int],
     contexts: Sequence[Sequence[int]],
@@ -196,6 +198,7 @@ def _tokens(
         return stream(first, steps, how.sampler, limits, generator=generators, **shared)
     drafts = [ready.guesser(how.speculate) for _ in contexts]
     assert isinstance(steps, SteppingBack)
+    assert isinstance(first, Tensor)
     return speculate(
         first, steps, how.sampler, limits, drafts, contexts, count=how.speculate, generators=generators, **shared
     )
@@ -203,8 +206,10 @@ def _tokens(
 
 def _start(
     ready: Ready, contexts: Sequence[list[int]], limits: Sequence[int]
-) -> tuple[Float[Tensor, "texts vocab"], Steps | ScoredSteps]:
+) -> tuple[Float[Tensor, "texts vocab"] | Scored, Steps | ScoredSteps]:
     """Logits after each context, of which equal ones are read once, and what goes on from there."""
+    if (captured := ready.captured) is not None:
+        return start_captured(captured, contexts, list(map(add, map(len, contexts), limits)))
     places = {ids: place for place, ids in enumerate(dict.fromkeys(map(tuple, contexts)))}
     texts = [list(ids) for ids in places]
     most = max(len(ids) + limit for ids, limit in zip(contexts, limits, strict=True))

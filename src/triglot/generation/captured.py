@@ -1,0 +1,256 @@
+"""Texts that go on by a captured step: all that a GPU does for a token of each of them is launched at once.
+
+A step of a language model is hundreds of small operations, and launching one from Python takes longer than many of
+them do. A CUDA graph records them once, with the memory that they read and write, and replays them by one call. So
+texts stand in places of memory that stays: `Room` is so many of them, of one capacity.
+
+By default a step reads SLOTS places whether there are texts in all of them or in one, and prompts are read one by one:
+products then have one shape, and a text's bits do not depend on its company, since our kernel for attention reads a
+text in parts that its room has no influence on (without it, a text's capacity follows from the text alone). With
+`compiled` there are as many places as texts, rounded up, and prompts are read together: faster, and not the same bits.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from triglot.decoding.search import Scored
+from triglot.generation.token_reader import TokenReader
+from triglot.models.decoder_only import DecoderLLM
+
+SLOTS = 16
+"""Places of a step in any company: as many rows as a tensor core multiplies at a time."""
+COMPILED_SLOTS = 1, 8, 64
+"""Places of a compiled step: the least of these that is enough. Each takes some seconds to compile."""
+CAPACITY, GROWTH = 256, 4
+"""A place has room for a multiple of so many tokens; compiled, each size is so many times the one before."""
+RECOMPILED = 64
+"""Sizes of rooms, at most, whose step is compiled."""
+KEPT = 4
+"""Rooms that nobody is in and that are kept for the next texts."""
+WARM_UP = 3
+"""Steps before one is captured, in which libraries make ready what they need."""
+
+Read = Float[Tensor, "2 layers kv_heads length head_dim"]
+"""Keys and values of a text, or of what was read of it."""
+
+
+class Room:
+    """Places for `rows` texts of at most `capacity` tokens, and the step that reads a token of each."""
+
+    def __init__(self, reader: TokenReader, rows: int, capacity: int) -> None:
+        model = reader.model
+        like, size = model.lm_head.weight, (len(model.layers), rows, model.num_kv_heads, capacity, model.head_dim)
+        self.reader, self.rows, self.capacity = reader, rows, capacity
+        self.last = capacity - 1
+        self.tokens, self.ends = (torch.zeros(rows, dtype=torch.long, device=like.device) for _ in range(2))
+        # Two pieces of memory: of parts of one piece the compiler would not know that they have nothing in common.
+        self.held = [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in range(2)]
+        self.taken_by: Callable[[], object] = lambda: None
+        """Whoever is in this room; None once they are gone."""
+        self.scored: Scored | None = None
+        self.launch = captured(self._read, like.device) if like.is_cuda else self._read
+
+    def _read(self) -> None:
+        self.scored = self.reader(self.tokens, self.ends, *self.held)
+        self.ends.add_(1).clamp_(max=self.last)  # places without a text go nowhere
+
+    def step(self) -> Scored:
+        """Read `tokens`; what is known of all places is valid until the next step."""
+        self.launch()
+        assert self.scored is not None
+        return self.scored
+
+    def put(self, place: int, text: Read) -> None:
+        """Have a text of so many tokens stand at a place."""
+        for held, part in zip(self.held, text, strict=True):
+            held[:, place, :, : text.size(3)] = part
+        self.ends[place] = text.size(3)
+
+    def text(self, place: int) -> Read:
+        """The text at a place."""
+        return torch.stack([held[:, place, :, : int(self.ends[place])] for held in self.held])
+
+
+def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The work as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(beside)
+        with torch.cuda.graph(graph):
+            work()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay
+
+
+class Captured:
+    """A model ready to go on from texts by captured steps, of which it keeps the rooms."""
+
+    def __init__(self, model: DecoderLLM, banned: Sequence[int] = (), *, compiled: bool = False) -> None:
+        self.model, self.compiled = model, compiled
+        self.reader = TokenReader(model, banned, compiled=compiled)
+        self.rooms: list[Room] = []
+
+    def slots(self, texts: int) -> int:
+        """Places of the rooms that so many texts go to."""
+        if not self.compiled:
+            return SLOTS
+        return next((slots for slots in COMPILED_SLOTS if slots >= texts), COMPILED_SLOTS[-1])
+
+    def capacity(self, most: int) -> int:
+        """What a room holds of a text that comes to have so many tokens."""
+        capacity = CAPACITY
+        while capacity < most:
+            capacity = capacity * GROWTH if self.compiled else capacity + CAPACITY
+        return min(capacity, self.model.max_seq_length)
+
+    def room(self, rows: int, capacity: int, of: object) -> Room:
+        """One of this size that is free as long as `of` is there; the last one made or used stands last."""
+        idle = [room for room in self.rooms if room.taken_by() is None]
+        fits = next((room for room in idle if (room.rows, room.capacity) == (rows, capacity)), None)
+        if fits is None:
+            self._leave(idle[: max(0, len(idle) + 1 - KEPT)])
+            try:
+                fits = self._made(rows, capacity)
+            except torch.OutOfMemoryError:
+                self._leave(idle)
+                fits = self._made(rows, capacity)
+        else:
+            self._leave([fits])
+        fits.ends.zero_()
+        fits.taken_by = weakref.ref(of)
+        self.rooms.append(fits)
+        return fits
+
+    def _leave(self, rooms: Sequence[Room]) -> None:
+        self.rooms = [room for room in self.rooms if room not in rooms]
+
+    def _made(self, rows: int, capacity: int) -> Room:
+        with torch.inference_mode(mode=False), torch.no_grad(), ExitStack() as also:
+            if self.compiled:
+                from torch._dynamo import config  # which takes a second to import
+
+                also.enter_context(config.patch(recompile_limit=RECOMPILED))
+            return Room(self.reader, rows, capacity)
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> list[Read]:
+        """Keys and values of prompts; each is read by itself unless bits may depend on its company."""
+        ids = [torch.tensor(list(one), dtype=torch.long) for one in prompts]
+        batches = [ids] if self.compiled else [[one] for one in ids]
+        device, found = self.model.lm_head.weight.device, list[Read]()
+        for batch in batches:
+            rows = pad_sequence(batch, batch_first=True).to(device)
+            cache = self.model.start_cache(*rows.shape)
+            if rows.size(1):
+                self.model.run(rows, cache=cache)
+            both = torch.stack([cache.keys, cache.values])
+            found += [both[:, :, row, :, : len(one)] for row, one in enumerate(batch)]
+        return found
+
+
+class Part(NamedTuple):
+    """The texts of one room."""
+
+    room: Room
+    texts: Tensor | slice
+    """Which of all they are."""
+    places: Tensor | slice
+    """Where each stands."""
+
+
+class CapturedTexts:
+    """Texts that go on by captured steps (`decoding.search.ScoredSteps`)."""
+
+    ahead = True
+
+    def __init__(self, captured: Captured, texts: Sequence[Read], capacities: Sequence[int]) -> None:
+        self.captured = captured
+        self._stand(self._arranged(texts, capacities))
+
+    def _arranged(self, texts: Sequence[Read], capacities: Sequence[int]) -> list[tuple[Room, int]]:
+        """The room and the place of each text, put there."""
+        arranged = dict[int, tuple[Room, int]]()
+        for capacity in sorted(set(capacities)):
+            numbers = [number for number, own in enumerate(capacities) if own == capacity]
+            rows = self.captured.slots(len(numbers))
+            for place, number in enumerate(numbers):
+                if place % rows == 0:
+                    room = self.captured.room(rows, capacity, self)
+                room.put(place % rows, texts[number])
+                arranged[number] = room, place % rows
+        return [arranged[number] for number in range(len(texts))]
+
+    def _stand(self, at: Sequence[tuple[Room, int]]) -> None:
+        self.at, self.parts, device = list(at), list[Part](), at[0][0].tokens.device
+        order = list[int]()
+        for room in dict.fromkeys(room for room, _ in at):
+            texts = [text for text, (own, _) in enumerate(at) if own is room]
+            self.parts.append(Part(room, index(texts, device), index([at[text][1] for text in texts], device)))
+            order += texts
+        self.back = index(sorted(range(len(order)), key=order.__getitem__), device)
+        """Where each text is in all parts behind one another."""
+
+    @torch.inference_mode()
+    def step(self, tokens: Int[Tensor, " texts"]) -> Scored:
+        """Feed each text its next token; logits of the one after, valid until the next step."""
+        found = list[Scored]()
+        for room, texts, places in self.parts:
+            room.tokens[places] = tokens[texts]
+            found.append(room.step()[places])
+        if len(found) == 1:
+            return found[0]
+        parts = zip(*((one.logits, one.best, one.normaliser) for one in found), strict=True)
+        return Scored(*map(torch.cat, parts))[self.back]
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these texts, in this order; one may be taken more than once."""
+        chosen = [self.at[row] for row in rows.tolist()]
+        if len(set(chosen)) < len(chosen):
+            texts = [room.text(place) for room, place in chosen]
+            chosen = self._arranged(texts, [room.capacity for room, _ in chosen])
+        self._stand(chosen)
+
+
+def can_be_captured(model: nn.Module) -> bool:
+    """Whether a step of the model has one shape: not with experts, of which each takes as many tokens as come to it."""
+    return isinstance(model, DecoderLLM) and model.options.experts is None
+
+
+def index(numbers: Sequence[int], device: torch.device) -> Tensor | slice:
+    """What picks these rows: a slice where they are the first, in their order."""
+    if list(numbers) == list(range(len(numbers))):
+        return slice(0, len(numbers))
+    return torch.tensor(numbers, device=device)
+
+
+@torch.inference_mode()
+def start_captured(
+    captured: Captured, prompts: Sequence[Sequence[int]], mosts: Sequence[int]
+) -> tuple[Scored, CapturedTexts]:
+    """Read prompts, of which each text is to have `mosts` tokens at most; logits after each, and what goes on.
+
+    Equal prompts are read once. The last token of each is read by a step, as those that follow.
+    """
+    different = list(dict.fromkeys(tuple(ids[:-1]) for ids in prompts))
+    read = dict(zip(different, captured.read(different), strict=True))
+    capacities = list(map(captured.capacity, mosts))
+    if captured.compiled or captured.reader.has_kernel:  # which reads no more of a room than its text
+        capacities = [max(capacities)] * len(capacities)
+    steps = CapturedTexts(captured, [read[tuple(ids[:-1])] for ids in prompts], capacities)
+    last = torch.tensor([ids[-1] for ids in prompts], device=captured.model.lm_head.weight.device)
+    return steps.step(last), steps

@@ -1,0 +1,200 @@
+"""A decoder-only model as it reads one token of each of some texts on a GPU: few operations, none of which waits.
+
+Every tensor has one shape and one place whatever the texts are, so that the operations can be captured once and
+launched together (`captured.py`). The blocks are the model's own, attention excepted, and so are the weights.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from triglot.blocks import Block
+from triglot.decoding.sampling import first_largest
+from triglot.decoding.search import Scored
+from triglot.generation.one_token import written
+from triglot.generation.prepared import VOCABULARY
+from triglot.layers.attend import FORBIDDEN
+from triglot.layers.attention import Attention, MultiHeadAttention, normalised
+from triglot.layers.positions import Rotation
+from triglot.models.decoder_only import DecoderLLM
+
+Rows = Float[Tensor, "rows 1 width"]
+Heads = Float[Tensor, "rows some head_dim"]
+Ends = Int[Tensor, " rows"]
+Held = Float[Tensor, "rows kv_heads capacity head_dim"]
+HeldByLayer = Float[Tensor, "layers rows kv_heads capacity head_dim"]
+
+HAS_TRITON = find_spec("triton") is not None
+OPTIONS = {"coordinate_descent_tuning": True}
+"""Of the compiler: one text's products as loops of its own, each of them in the best of several ways."""
+
+
+class Place(NamedTuple):
+    """What a layer holds of each text, and where the token stands that is read."""
+
+    keys: Held
+    values: Held
+    ends: Ends
+
+
+class HeldAttention(nn.Module):
+    """`MultiHeadAttention` of one token of each text, to itself and to what is held of its text.
+
+    Queries, keys and values come of one product: the three weights become parts of one tensor, in the model too.
+    """
+
+    def __init__(self, attention: MultiHeadAttention, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        query, key, value = attention.query, attention.key, attention.value
+        self.weight = in_one_piece([query.weight, key.weight, value.weight])
+        self.bias = None if query.bias is None else in_one_piece([query.bias, key.bias, value.bias])
+        self.output, self.query_norm, self.key_norm = attention.output, attention.query_norm, attention.key_norm
+        self.num_heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self.scale = self.head_dim**-0.5 if attention.scale else 1.0
+
+    def forward(
+        self, x: Rows, *_: Any, cache: Place, rotation: Rotation | None, bias: Tensor | None, **_also: Any
+    ) -> Attention:
+        """As a block calls it, for which queries, keys and values are of the same row; without `bias` by our kernel."""
+        query, key, value = self.project(x, rotation)
+        if bias is None:
+            from triglot.generation.flash_decoding import attend_to_held
+
+            mixed = attend_to_held(query, key, value, *cache, self.scale, self.window)
+        else:
+            mixed = self.attend(query, key, value, cache, bias)
+        return Attention(self.output(mixed.reshape(len(x), 1, -1)), None)
+
+    def attend(
+        self, query: Heads, key: Heads, value: Heads, cache: Place, bias: Float[Tensor, "rows kv_heads group capacity"]
+    ) -> Tensor:
+        """The same by PyTorch's kernel: heads that share keys and values are queries of one head."""
+        row = torch.arange(len(query), device=query.device)
+        for held, new in zip(cache[:2], (key, value), strict=True):
+            held[row, :, cache.ends] = new
+        query = query.unflatten(1, (self.kv_heads, -1))
+        return F.scaled_dot_product_attention(query, cache.keys, cache.values, attn_mask=bias, scale=self.scale)
+
+    def project(self, x: Rows, rotation: Rotation | None) -> Sequence[Heads]:
+        """Queries, keys and values."""
+        sizes = [self.num_heads, self.kv_heads, self.kv_heads]
+        heads = F.linear(written(x), self.weight, self.bias).view(len(x), -1, self.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key, value = (part.reshape(len(x), 1, -1) for part in heads.split(sizes, 1))
+            parts = normalised(query, self.query_norm), normalised(key, self.key_norm), value
+            heads = torch.cat(parts, -1).view_as(heads)
+        if rotation is None:
+            return heads.split(sizes, 1)
+        both, value = heads.split([self.num_heads + self.kv_heads, self.kv_heads], 1)
+        query, key = written(turned(both, rotation)).split(sizes[:2], 1)
+        return query, key, value
+
+
+def turned(heads: Heads, rotation: Rotation) -> Heads:
+    """`rotate` by a sine whose first half is negated: halves of heads change places and are not written side by side.
+
+    One loop where it is compiled, and the same bits.
+    """
+    swapped = heads.unflatten(2, (2, -1)).flip(2).flatten(2)
+    return (heads * rotation.cos + swapped * rotation.sin).to(heads.dtype)
+
+
+class Projection(nn.Module):
+    """`nn.Linear` of what is written out first: the compiler would else make it anew for every few outputs."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Rows) -> Rows:
+        return F.linear(written(x), self.weight, self.bias)
+
+
+def in_one_piece(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors behind one another in one, of which each of them becomes a part."""
+    whole = torch.cat([part.detach() for part in parts])
+    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = rows
+    return whole
+
+
+class TokenReader:
+    """A model's step over texts that are held. Its weights must not change."""
+
+    def __init__(self, model: DecoderLLM, banned: Sequence[int] = (), *, compiled: bool = False) -> None:
+        own = {id(part): part for part in (*model.parameters(), *model.buffers())}  # which are not copied
+        self.model: DecoderLLM = copy.deepcopy(model, own).eval()
+        self.blocks: list[Block] = list(self.model.layers)  # type: ignore[arg-type]  # a ModuleList tells of no kind
+        for block in self.blocks:
+            block.self_attention = HeldAttention(block.self_attention, model.options.window)  # type: ignore[assignment]  # it is called alike
+            for name, part in block.feed_forward.named_children():
+                if isinstance(part, nn.Linear):
+                    setattr(block.feed_forward, name, Projection(part))
+        self.weight, self.head_bias = filled_up_head(model.lm_head, banned)
+        self.has_kernel = model.lm_head.weight.is_cuda and model.relative is None and HAS_TRITON
+        compiler = partial(torch.compile, fullgraph=True, dynamic=False, options=OPTIONS) if compiled else None
+        self._block: Callable[..., Rows] = read_block if compiler is None else compiler(read_block)
+        self._end: Callable[[Rows], tuple[Tensor, ...]] = self.end if compiler is None else compiler(self.end)
+
+    def __call__(self, tokens: Int[Tensor, " rows"], ends: Ends, keys: HeldByLayer, values: HeldByLayer) -> Scored:
+        """Read a token of each text, at its end; keys and values join those held there."""
+        model = self.model
+        x, rotation = model.embedding(tokens[:, None], ends[:, None])
+        if rotation is not None:
+            first, second = rotation.sin.chunk(2, dim=-1)
+            rotation = Rotation(rotation.cos, torch.cat([-first, second], -1))
+        bias = None if self.has_kernel else self.bias(ends, keys.size(3)).to(x.dtype)
+        for block, of_keys, of_values in zip(self.blocks, keys, values, strict=True):
+            x = self._block(block, x, rotation, bias, Place(of_keys, of_values, ends))
+        return Scored(*self._end(x))
+
+    def bias(self, ends: Ends, capacity: int) -> Float[Tensor, "rows kv_heads group capacity"]:
+        """What is added to scores: what hides all that is not of a text, and what is known of distances."""
+        model, at = self.model, ends[:, None]
+        place = torch.arange(capacity, device=ends.device)[None]
+        hidden = place > at
+        if (window := model.options.window) is not None:
+            hidden = hidden | (place <= at - window)
+        bias = (hidden * FORBIDDEN)[:, None, None]
+        if model.relative is not None:
+            bias = bias + model.relative(at, place)
+        heads = self.blocks[0].self_attention.num_heads
+        return bias.expand(-1, heads, -1, -1).reshape(len(ends), model.num_kv_heads, -1, capacity)
+
+    def end(self, x: Rows) -> tuple[Tensor, ...]:
+        """Logits [rows, filled_up_vocab], the first largest one of each row, and log Σ exp [rows, 1]."""
+        model = self.model
+        hidden = model.final_norm(x)[:, 0]
+        hidden = hidden if model.output_scale is None else hidden * model.output_scale
+        logits = F.linear(written(hidden), self.weight, self.head_bias).float()
+        return logits, first_largest(logits), logits.logsumexp(1, keepdim=True)
+
+
+def filled_up_head(head: nn.Linear, banned: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Its weight and bias, a multiple of VOCABULARY long: what fills it up, and what is `banned`, gets −∞.
+
+    Rows of logits then begin where memory is read at its fastest, and every sum over one is taken in the same order.
+    """
+    vocab, weight = head.out_features, head.weight.detach()
+    if (more := -vocab % VOCABULARY) > 0:
+        weight = F.pad(weight, (0, 0, 0, more))
+    never = [*banned, *range(vocab, vocab + more)]
+    if head.bias is None and not never:
+        return weight, None
+    bias = weight.new_zeros(len(weight))
+    if head.bias is not None:
+        bias[:vocab] = head.bias.detach()
+    return weight, bias.index_fill_(0, torch.tensor(never, dtype=torch.long, device=bias.device), -torch.inf)
+
+
+def read_block(block: Block, x: Rows, rotation: Rotation | None, bias: Tensor | None, place: Place) -> Rows:
+    """One block's work on a token of each text."""
+    return block.run(x, rotation=rotation, position_bias=bias, cache=place).x  # type: ignore[arg-type]  # what HeldAttention takes
