@@ -16,6 +16,7 @@ from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Steps, generate
 from triglot.generation import captured as captured_module
 from triglot.generation.captured import KEPT, SLOTS, Captured, can_be_captured, start_captured
+from triglot.generation.engine import Engine
 from triglot.models.decoder_only import DecoderLLM
 from triglot.recipe import from_dict
 
@@ -202,9 +203,20 @@ def test_an_engine_writes_by_captured_steps_what_it_writes_without(make, monkeyp
             assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
 
 
-def test_what_cannot_be_captured_is_known():
-    assert can_be_captured(make_model())
-    assert not can_be_captured(make_model(from_dict(BlockOptions, VARIANTS["experts"])))
+def test_what_cannot_be_captured_is_known(make, monkeypatch):
+    dense, sparse = make_model(), make_model(from_dict(BlockOptions, VARIANTS["experts"]))
+    assert not can_be_captured(dense)
+    monkeypatch.setattr(type(dense.lm_head.weight), "is_cuda", True)
+    assert can_be_captured(dense)
+    assert not can_be_captured(sparse)
+    assert not can_be_captured(make("encoder_decoder").model)
+
+
+def test_a_model_in_training_is_left_as_it_is(make, monkeypatch):
+    engine = make("decoder_only")
+    monkeypatch.setattr("triglot.generation.ready.can_be_captured", lambda model: True)
+    made = [Engine(engine.model, engine.config, engine.tokenizers, in_training=one) for one in (False, True)]
+    assert [one._ready.captured is None for one in made] == [False, True]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

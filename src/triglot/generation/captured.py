@@ -227,8 +227,8 @@ class CapturedTexts:
 
 
 def can_be_captured(model: nn.Module) -> bool:
-    """Whether a step of the model has one shape: not with experts, of which each takes as many tokens as come to it."""
-    return isinstance(model, DecoderLLM) and model.options.experts is None
+    """Whether it is on a GPU, and a step of one shape: not with experts, each of which takes what tokens come to it."""
+    return isinstance(model, DecoderLLM) and model.options.experts is None and model.lm_head.weight.is_cuda
 
 
 def index(numbers: Sequence[int], device: torch.device) -> Tensor | slice:

@@ -81,9 +81,10 @@ class Engine:
         workers: Workers | None = None,
         draft: Ready | None = None,
         compiled: bool = False,
+        in_training: bool = False,
     ) -> None:
         self.model, self.config, self.tokenizers = model, config, tokenizers
-        self._ready = Ready(model, config, tokenizers, precision, draft, compiled=compiled)
+        self._ready = Ready(model, config, tokenizers, precision, draft, compiled=compiled, in_training=in_training)
         self._workers = workers
         self._find = partial(sentences.search_all, self._ready) if workers is None else workers.search
 

@@ -30,7 +30,8 @@ BATCH_TOKENS = 16_384
 class Ready:
     """A model in evaluation mode; on a processor it is prepared when it is first asked for.
 
-    Its weights must not change then. On a GPU texts go on by captured steps; all else decodes with the model as it is.
+    Its weights must not change then. On a GPU texts go on by captured steps, which put some weights into one piece,
+    unless the model is `in_training`; all else decodes with the model as it is.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class Ready:
         draft: "Ready | None" = None,
         *,
         compiled: bool = False,
+        in_training: bool = False,
     ) -> None:
         known = ", ".join(get_args(Precision))
         require(precision in get_args(Precision), "precision", f"one of {known}", precision, ConfigError)
         self.model, self.config, self.tokenizers, self.precision = model, config, tokenizers, precision
         weight = model.projection.weight
         self._can_be_prepared = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self._can_be_captured = weight.is_cuda and can_be_captured(model)
+        self._can_be_captured = not in_training and can_be_captured(model)
         rule = "fp32 unless the model is on a processor, in fp32"
         require(self._can_be_prepared or precision == "fp32", "precision", rule, precision, ConfigError)
         if draft is not None:

@@ -32,7 +32,7 @@ def write(path: Path, model: Model, prepared: Prepared, config: RunConfig, progr
     """
     if progress.evaluated == progress.step:
         return {}
-    samples = _sample(Engine(model, config, prepared.tokenizers), prepared)
+    samples = _sample(Engine(model, config, prepared.tokenizers, in_training=True), prepared)
     before = path.read_text(encoding="utf-8") if path.exists() else "# What the model wrote at each evaluation\n\n"
     _replace(path, before + _section(progress.step, samples))
     return {}
