@@ -108,7 +108,7 @@ def share_rows(shape: str, captured: Captured, how: str, turns: int) -> list[Row
         next(tokens)
         spent, done = timed(lambda: sum(1 for _ in tokens))  # noqa: B023  # called at once
         if turn:
-            read.append(bytes_read(captured.model) * done / spent)
+            read.append(bytes_read(captured.model) * (done - 1) / spent)  # one step began before the first was told
             rates.append(block.nbytes / min(timed(block.sum)[0] for _ in range(5)))
     ours, most = statistics.median(read), statistics.median(rates)
     name, said = f"{shape}, {how}: weights read by steps of one text", specified()

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -145,27 +146,42 @@ def test_a_room_is_used_again_once_its_texts_are_gone_and_few_are_kept():
     assert own.rooms == [second, first]
     for capacity in (128, 256, 512, 1024, 2048):
         own.room(SLOTS, capacity, Nobody())
-    assert len(own.rooms) == 1 + KEPT
+    start_captured(own, PROMPTS, [64] * 4)
+    assert first in own.rooms  # the last that was used
     assert second in own.rooms  # somebody is in it
+    assert len(own.rooms) == 2 + KEPT
     assert others.at[0][0] is second
 
 
 def test_rooms_that_nobody_is_in_make_way_where_memory_ends(monkeypatch):
     own = Captured(make_model())
     here = Nobody()
-    kept, idle = own.room(SLOTS, 64, here), own.room(SLOTS, 64, Nobody())
-    make, asked = own._made, []
+    kept, idle = own.room(SLOTS, 64, here), weakref.ref(own.room(SLOTS, 64, Nobody()))
+    make, begun = own._made, list[weakref.ref]()
+    kept.launch = idle().launch = None  # which refer to their rooms where nothing is captured
 
     def scarce(*size):
-        asked.append(size)
-        if idle in own.rooms:
+        assert not any(one() for one in begun)  # what was begun in vain is gone
+        room = make(*size)
+        room.launch = None
+        begun.append(weakref.ref(room))
+        if idle() is not None:
             raise torch.OutOfMemoryError
-        return make(*size)
+        return room
 
     monkeypatch.setattr(own, "_made", scarce)
     made = own.room(SLOTS, 128, here)
     assert own.rooms == [kept, made]
-    assert asked == [(SLOTS, 128)] * 2
+    assert [one() for one in begun] == [None, made]
+
+
+def test_a_model_that_has_written_can_be_trained_on(make, monkeypatch):
+    monkeypatch.setattr("triglot.generation.ready.can_be_captured", lambda model: True)
+    engine = make("decoder_only")
+    engine.generate(["a"])
+    assert engine._ready.captured.rooms
+    tokens = torch.randint(engine.model.vocab_size, (2, 5))
+    engine.model.train()(tokens, tokens).loss.backward()
 
 
 @torch.no_grad()

@@ -7,10 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from triglot.decoding.rules import RepetitionPenalty, Within
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
 from triglot.generation.captured import Captured, start_captured
 from triglot.generation.engine import Engine
+from triglot.generation.token_reader import read_block
 from triglot.models.decoder_only import DecoderLLM
 
 pytestmark = [
@@ -33,6 +35,8 @@ TEXTS = ["a b", "", "zz", "a b", "Grüße"]
     "options", [{"temperature": 0.0}, {"seed": 3, "n": 2}, {"seed": 1, "top_k": 9, "top_logprobs": 2}]
 )
 def test_a_text_becomes_there_what_it_does_here(make, compiled, options):
+    if compiled and hasattr(read_block, "__wrapped__"):
+        pytest.skip("the compiler traces no function that checks shapes: run this without --jaxtyping-packages")
     engine = make("decoder_only")
     here = engine.generate(TEXTS, **options)
     there = on_gpu(engine, compiled=compiled).generate(TEXTS, **options)
@@ -100,9 +104,10 @@ def test_a_text_is_the_same_bits_in_any_company_there_too(gpu_writer, data):
         assert gpu_writer.generate([prompt], seed=seed, **options) == [together[number]]
 
 
+@pytest.mark.parametrize("rules", [(), (RepetitionPenalty(1.3, [[]] * 30),)], ids=["", "rules"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_large_products_have_the_same_bits_in_any_company(dtype):
+def test_large_products_have_the_same_bits_in_any_company(dtype, rules):
     """Shapes at which libraries choose among many kernels."""
     torch.manual_seed(0)
     model = DecoderLLM(50_257, 768, 12, 3, 3072, 512, dropout=0.0).eval().cuda().to(dtype)
@@ -112,7 +117,8 @@ def test_large_products_have_the_same_bits_in_any_company(dtype):
     def texts(numbers):
         draws = [torch.Generator().manual_seed(number) for number in numbers]
         started = start_captured(own, [prompts[at] for at in numbers], [mosts[at] for at in numbers])
-        return generate(*started, sampler, 20, generator=draws)
+        own_rules = [Within(rule, numbers) for rule in rules]
+        return generate(*started, sampler, 20, generator=draws, rules=own_rules)
 
     together = texts(range(len(prompts)))
     for number in (0, 7, 16, 29):

@@ -106,7 +106,11 @@ def log_sum_exp(
         if far is not None:
             into.sub_(far[at])
         in_whole_vectors(into, Tensor.exp2_)
-        torch.sum(into.view(len(into), -1, BLOCK).sum(2), 1, keepdim=True, out=sums[at])
+        blocks = into.view(len(into), -1, BLOCK).sum(2)
+        if values.device.type == "cpu":
+            torch.sum(blocks, 1, keepdim=True, out=sums[at])
+        else:
+            sums[at] = running_sum(blocks)[:, -1:]
     return torch.maximum(sums.log_()[:rows].add_(taken), top).masked_fill_(top == NOTHING, 0.0)
 
 

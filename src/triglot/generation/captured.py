@@ -12,7 +12,7 @@ text in parts that its room has no influence on (without it, a text's capacity f
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ CAPACITY, GROWTH = 256, 4
 RECOMPILED = 64
 """Sizes of rooms, at most, whose step is compiled."""
 KEPT = 4
-"""Rooms that nobody is in and that are kept for the next texts."""
+"""Rooms that nobody is in and that are kept once the next texts have theirs."""
 WARM_UP = 3
 """Steps before one is captured, in which libraries make ready what they need."""
 
@@ -56,6 +56,11 @@ class Room:
         """Whoever is in this room; None once they are gone."""
         self.scored: Scored | None = None
         self.launch = captured(self._read, like.device) if like.is_cuda else self._read
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is in it."""
+        return self.taken_by() is None
 
     def _read(self) -> None:
         self.scored = self.reader(self.tokens, self.ends, *self.held)
@@ -88,7 +93,7 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
             for _ in range(WARM_UP):
                 work()
         torch.cuda.current_stream().wait_stream(beside)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=beside):
             work()
 
     def replay() -> None:
@@ -103,7 +108,8 @@ class Captured:
 
     def __init__(self, model: DecoderLLM, banned: Sequence[int] = (), *, compiled: bool = False) -> None:
         self.model, self.compiled = model, compiled
-        self.reader = TokenReader(model, banned, compiled=compiled)
+        with torch.inference_mode(mode=False), torch.no_grad():  # or its weights could be trained no more
+            self.reader = TokenReader(model, banned, compiled=compiled)
         self.rooms: list[Room] = []
 
     def slots(self, texts: int) -> int:
@@ -121,24 +127,26 @@ class Captured:
 
     def room(self, rows: int, capacity: int, of: object) -> Room:
         """One of this size that is free as long as `of` is there; the last one made or used stands last."""
-        idle = [room for room in self.rooms if room.taken_by() is None]
-        fits = next((room for room in idle if (room.rows, room.capacity) == (rows, capacity)), None)
-        if fits is None:
-            self._leave(idle[: max(0, len(idle) + 1 - KEPT)])
-            try:
-                fits = self._made(rows, capacity)
-            except torch.OutOfMemoryError:
-                self._leave(idle)
-                fits = self._made(rows, capacity)
+        size = rows, capacity
+        fits = next((room for room in self.rooms if (room.rows, room.capacity) == size and room.is_idle), None)
+        if fits is not None:
+            self.rooms.remove(fits)
         else:
-            self._leave([fits])
+            with suppress(torch.OutOfMemoryError):
+                fits = self._made(rows, capacity)
+        if fits is None:  # when nothing refers any more to what was begun
+            self.leave(kept=0)
+            fits = self._made(rows, capacity)
         fits.ends.zero_()
         fits.taken_by = weakref.ref(of)
         self.rooms.append(fits)
         return fits
 
-    def _leave(self, rooms: Sequence[Room]) -> None:
-        self.rooms = [room for room in self.rooms if room not in rooms]
+    def leave(self, kept: int = KEPT) -> None:
+        """Give up the rooms that nobody is in, but for the last ones."""
+        idle = [number for number, room in enumerate(self.rooms) if room.is_idle]
+        for number in reversed(idle[: max(0, len(idle) - kept)]):
+            del self.rooms[number]
 
     def _made(self, rows: int, capacity: int) -> Room:
         with torch.inference_mode(mode=False), torch.no_grad(), ExitStack() as also:
@@ -252,5 +260,6 @@ def start_captured(
     if captured.compiled or captured.reader.has_kernel:  # which reads no more of a room than its text
         capacities = [max(capacities)] * len(capacities)
     steps = CapturedTexts(captured, [read[tuple(ids[:-1])] for ids in prompts], capacities)
+    captured.leave()
     last = torch.tensor([ids[-1] for ids in prompts], device=captured.model.lm_head.weight.device)
     return steps.step(last), steps

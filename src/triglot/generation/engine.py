@@ -1,7 +1,7 @@
 """A trained run behind its calls: `translate` and `alternatives`, `generate` and `stream`, `score` and `score_file`.
 
 What a text becomes does not depend on its company: a request alone and in any mix, order or batch gets the same tokens
-and, on a processor, the same log-probabilities bit for bit.
+and the same log-probabilities, bit for bit on a processor and, but for translations and experts, on a GPU.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def load(
 class Engine:
     """A model in evaluation mode with its config and tokenizers; what a call does not say, `config.generation` says.
 
-    On a processor the model is made ready to decode when it is first asked to, and its weights must not change then.
+    The model is made ready to decode when it is first asked to, and its weights must neither change nor move then.
     """
 
     def __init__(

@@ -4,6 +4,8 @@ A text's keys are read up to its own end and no further, SPLIT of them by one pr
 whatever the text's length, room or company are: neither changes its bits.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -68,7 +70,7 @@ def attend_to_held(
         BLOCK=BLOCK,
         SPLIT=SPLIT,
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if head_dim * query.element_size() <= 256 else 2,  # as much as shared memory holds
     )
     if parts > 1:
         _join_parts[(rows, query.size(1))](
@@ -86,6 +88,7 @@ def attend_to_held(
 
 
 @triton.jit
+@no_type_check
 def _read_parts(
     query,
     key,
@@ -161,6 +164,7 @@ def _read_parts(
 
 
 @triton.jit
+@no_type_check
 def _join_parts(
     partial,
     ends,

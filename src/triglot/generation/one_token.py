@@ -22,7 +22,7 @@ from triglot.layers.attention import Attention, MultiHeadAttention, normalised
 from triglot.layers.embedding import Embedding
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.packed import LEAST, Precision
-from triglot.layers.positions import Rotation
+from triglot.layers.positions import Rotation, signed, turned
 from triglot.layers.routing import choose
 from triglot.models.decoder_only import DecoderLLM
 
@@ -164,24 +164,45 @@ class Token(NamedTuple):
     own: tuple[Own, Own]
 
 
-class RowAttention(nn.Module):
+class OneTokenAttention(nn.Module):
+    """What `MultiHeadAttention` of one token of each text is made of, whatever its products are."""
+
+    def __init__(self, attention: MultiHeadAttention) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
+        self.scale = self.head_dim**-0.5 if attention.scale else 1.0
+
+    def parts(self, x: Rows, rotation: Rotation | None) -> list[Float[Tensor, "rows some head_dim"]]:
+        """Queries, keys and values, of a product that has them side by side, and a `signed` rotation."""
+        sizes = [self.num_heads, self.kv_heads, self.kv_heads]
+        heads = x.view(len(x), -1, self.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key, value = (part.reshape(len(x), 1, -1) for part in heads.split(sizes, 1))
+            parts = normalised(query, self.query_norm), normalised(key, self.key_norm), value
+            heads = torch.cat(parts, -1).view_as(heads)
+        if rotation is None:
+            return list(heads.split(sizes, 1))
+        both, value = heads.split([self.num_heads + self.kv_heads, self.kv_heads], 1)
+        query, key = written(turned(both, rotation)).split(sizes[:2], 1)
+        return [query, key, value]
+
+
+class RowAttention(OneTokenAttention):
     """`MultiHeadAttention` of one token of each text, to what was read of it before and to itself."""
 
     def __init__(self, attention: MultiHeadAttention, precision: Precision) -> None:
-        super().__init__()
+        super().__init__(attention)
         parts = [attention.query, attention.key, attention.value]
         bias = None if attention.query.bias is None else torch.cat([part.bias for part in parts])
         self.inner = RowLinear(torch.cat([part.weight for part in parts]), bias, precision)
         self.outer = RowLinear(attention.output.weight, attention.output.bias, precision)
-        self.heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
-        self.scale = self.head_dim**-0.5 if attention.scale else 1.0
 
     def forward(
         self, x: Rows, *_: Any, cache: Token, rotation: Rotation | None, bias: Tensor | None, **_also: Any
     ) -> Attention:
         """As a block calls it, for which queries, keys and values are of the same row."""
-        query, key, value = self.project(x, rotation)
+        query, key, value = self.parts(self.inner(x), rotation)
         for place, new in zip(cache.own, (key, value), strict=True):
             place.copy_(new)
         # [rows, kv_heads, 1, before, head_dim]
@@ -190,7 +211,7 @@ class RowAttention(nn.Module):
         before = written((query * keys).sum(-1)) * self.scale  # [rows, kv_heads, group, before]
         own = (query * key[:, :, None, None]).sum(-1) * self.scale
         if bias is not None:
-            by_head = bias.expand(-1, self.heads, -1, -1).reshape(*before.shape[:3], -1)
+            by_head = bias.expand(-1, self.num_heads, -1, -1).reshape(*before.shape[:3], -1)
             before, own = before + by_head[..., :-1], own + by_head[..., -1:]
         largest = torch.maximum(before.amax(-1, keepdim=True), own)
         before = (before - largest).exp()
@@ -199,27 +220,6 @@ class RowAttention(nn.Module):
         mixed = (before[..., None] * values).sum(3) + own * value[:, :, None]
         mixed = mixed / (before.sum(-1, keepdim=True) + own)  # once, and not each weight
         return Attention(self.outer(mixed.view(len(x), 1, -1)), None)
-
-    def project(self, x: Rows, rotation: Rotation | None) -> list[Float[Tensor, "rows some head_dim"]]:
-        """Queries, keys and values."""
-        sizes = [self.heads, self.kv_heads, self.kv_heads]
-        heads = self.inner(x).view(len(x), -1, self.head_dim)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key, value = (part.reshape(len(x), 1, -1) for part in heads.split(sizes, 1))
-            parts = normalised(query, self.query_norm), normalised(key, self.key_norm), value
-            heads = torch.cat(parts, -1).view_as(heads)
-        if rotation is not None:
-            both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
-            query, key = written(turned(both, rotation)).split(sizes[:2], 1)
-            return [query, key, value]
-        return list(heads.split(sizes, 1))
-
-
-def turned(heads: Float[Tensor, "rows some head_dim"], rotation: Rotation) -> Float[Tensor, "rows some head_dim"]:
-    """`rotate` in one loop: halves change places by their numbers, and are not written side by side."""
-    swapped = heads.unflatten(2, (2, -1)).flip(2).view_as(heads)
-    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(heads.size(2) // 2)
-    return heads * rotation.cos + swapped * (rotation.sin * sign)
 
 
 class Start(nn.Module):
@@ -232,7 +232,7 @@ class Start(nn.Module):
 
     def forward(self, tokens: Int[Tensor, " rows"], places: Int[Tensor, " rows"]) -> tuple[Tensor, ...]:
         x, rotation = self.embedding(tokens[:, None], places[:, None])
-        return x, *(rotation or ())
+        return x, *(() if rotation is None else signed(rotation))
 
 
 class OneToken(nn.Module):

@@ -154,25 +154,29 @@ def write_all(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Seque
 @torch.inference_mode()
 def write(ready: Ready, drafts: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> Iterator[str]:
     """Write texts to their ends, side by side; pieces of text as they come, some of them empty."""
-    longest = ready.writer.max_len
     while numbers := [number for number, one in enumerate(drafts) if one.ended is None]:
         live = [drafts[number] for number in numbers]
-        contexts = [list(one.context(longest)) for one in live]
-        limits = [min(one.limit - len(one.ids), longest - len(ids)) for one, ids in zip(live, contexts, strict=True)]
         before = [list(one.ids) for one in live]
-        first, steps = _start(ready, contexts, limits)
-        stopped = set[int]()
-        own = [Within(rule, numbers, before) for rule in rules]
-        tokens = _tokens(ready, how, first, steps, limits, contexts, own, [one.generator for one in live], stopped)
-        try:
-            for token in tokens:
-                draft = live[token.row]
-                piece = draft.take(token)
-                if draft.ended is not None:
-                    stopped.add(token.row)
-                yield piece
-        except DeadEndError as error:
-            raise DeadEndError(error.request, f"the text after prompt {live[error.request].number}") from error
+        yield from _write_on(ready, live, how, [Within(rule, numbers, before) for rule in rules])
+
+
+def _write_on(ready: Ready, live: Sequence[Draft], how: Sampling, rules: Sequence[Rule]) -> Iterator[str]:
+    """Write texts on until each is at its end or its context is full; what was read is let go of then."""
+    longest = ready.writer.max_len
+    contexts = [list(one.context(longest)) for one in live]
+    limits = [min(one.limit - len(one.ids), longest - len(ids)) for one, ids in zip(live, contexts, strict=True)]
+    first, steps = _start(ready, contexts, limits)
+    stopped = set[int]()
+    tokens = _tokens(ready, how, first, steps, limits, contexts, rules, [one.generator for one in live], stopped)
+    try:
+        for token in tokens:
+            draft = live[token.row]
+            piece = draft.take(token)
+            if draft.ended is not None:
+                stopped.add(token.row)
+            yield piece
+    except DeadEndError as error:
+        raise DeadEndError(error.request, f"the text after prompt {live[error.request].number}") from error
 
 
 def _tokens(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from triglot.blocks import Block
 from triglot.decoding.sampling import first_largest
 from triglot.decoding.search import Scored
-from triglot.generation.one_token import written
+from triglot.generation.one_token import OneTokenAttention, written
 from triglot.generation.prepared import VOCABULARY
 from triglot.layers.attend import FORBIDDEN
-from triglot.layers.attention import Attention, MultiHeadAttention, normalised
-from triglot.layers.positions import Rotation
+from triglot.layers.attention import Attention, MultiHeadAttention
+from triglot.layers.positions import Rotation, signed
 from triglot.models.decoder_only import DecoderLLM
 
 Rows = Float[Tensor, "rows 1 width"]
@@ -44,27 +44,24 @@ class Place(NamedTuple):
     ends: Ends
 
 
-class HeldAttention(nn.Module):
+class HeldAttention(OneTokenAttention):
     """`MultiHeadAttention` of one token of each text, to itself and to what is held of its text.
 
     Queries, keys and values come of one product: the three weights become parts of one tensor, in the model too.
     """
 
     def __init__(self, attention: MultiHeadAttention, window: int | None = None) -> None:
-        super().__init__()
-        self.window = window
+        super().__init__(attention)
+        self.window, self.output = window, attention.output
         query, key, value = attention.query, attention.key, attention.value
         self.weight = in_one_piece([query.weight, key.weight, value.weight])
         self.bias = None if query.bias is None else in_one_piece([query.bias, key.bias, value.bias])
-        self.output, self.query_norm, self.key_norm = attention.output, attention.query_norm, attention.key_norm
-        self.num_heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.scale = self.head_dim**-0.5 if attention.scale else 1.0
 
     def forward(
         self, x: Rows, *_: Any, cache: Place, rotation: Rotation | None, bias: Tensor | None, **_also: Any
     ) -> Attention:
         """As a block calls it, for which queries, keys and values are of the same row; without `bias` by our kernel."""
-        query, key, value = self.project(x, rotation)
+        query, key, value = self.parts(F.linear(written(x), self.weight, self.bias), rotation)
         if bias is None:
             from triglot.generation.flash_decoding import attend_to_held
 
@@ -82,29 +79,6 @@ class HeldAttention(nn.Module):
             held[row, :, cache.ends] = new
         query = query.unflatten(1, (self.kv_heads, -1))
         return F.scaled_dot_product_attention(query, cache.keys, cache.values, attn_mask=bias, scale=self.scale)
-
-    def project(self, x: Rows, rotation: Rotation | None) -> Sequence[Heads]:
-        """Queries, keys and values."""
-        sizes = [self.num_heads, self.kv_heads, self.kv_heads]
-        heads = F.linear(written(x), self.weight, self.bias).view(len(x), -1, self.head_dim)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key, value = (part.reshape(len(x), 1, -1) for part in heads.split(sizes, 1))
-            parts = normalised(query, self.query_norm), normalised(key, self.key_norm), value
-            heads = torch.cat(parts, -1).view_as(heads)
-        if rotation is None:
-            return heads.split(sizes, 1)
-        both, value = heads.split([self.num_heads + self.kv_heads, self.kv_heads], 1)
-        query, key = written(turned(both, rotation)).split(sizes[:2], 1)
-        return query, key, value
-
-
-def turned(heads: Heads, rotation: Rotation) -> Heads:
-    """`rotate` by a sine whose first half is negated: halves of heads change places and are not written side by side.
-
-    One loop where it is compiled, and the same bits.
-    """
-    swapped = heads.unflatten(2, (2, -1)).flip(2).flatten(2)
-    return (heads * rotation.cos + swapped * rotation.sin).to(heads.dtype)
 
 
 class Projection(nn.Module):
@@ -139,7 +113,8 @@ class TokenReader:
                 if isinstance(part, nn.Linear):
                     setattr(block.feed_forward, name, Projection(part))
         self.weight, self.head_bias = filled_up_head(model.lm_head, banned)
-        self.has_kernel = model.lm_head.weight.is_cuda and model.relative is None and HAS_TRITON
+        like = model.lm_head.weight
+        self.has_kernel = HAS_TRITON and like.is_cuda and like.itemsize <= 4 and model.relative is None
         compiler = partial(torch.compile, fullgraph=True, dynamic=False, options=OPTIONS) if compiled else None
         self._block: Callable[..., Rows] = read_block if compiler is None else compiler(read_block)
         self._end: Callable[[Rows], tuple[Tensor, ...]] = self.end if compiler is None else compiler(self.end)
@@ -148,9 +123,7 @@ class TokenReader:
         """Read a token of each text, at its end; keys and values join those held there."""
         model = self.model
         x, rotation = model.embedding(tokens[:, None], ends[:, None])
-        if rotation is not None:
-            first, second = rotation.sin.chunk(2, dim=-1)
-            rotation = Rotation(rotation.cos, torch.cat([-first, second], -1))
+        rotation = None if rotation is None else signed(rotation)
         bias = None if self.has_kernel else self.bias(ends, keys.size(3)).to(x.dtype)
         for block, of_keys, of_values in zip(self.blocks, keys, values, strict=True):
             x = self._block(block, x, rotation, bias, Place(of_keys, of_values, ends))

@@ -92,6 +92,21 @@ class RotaryPositions(nn.Module):
         return Rotation(self.cos[positions], self.sin[positions])
 
 
+def signed(rotation: Rotation) -> Rotation:
+    """As `turned` takes it: the first half of the sine negated."""
+    first, second = rotation.sin.chunk(2, dim=-1)
+    return Rotation(rotation.cos, torch.cat([-first, second], dim=-1))
+
+
+def turned(heads: Float[Tensor, "rows some head_dim"], rotation: Rotation) -> Float[Tensor, "rows some head_dim"]:
+    """`rotate` of one token a row, to the bit: halves change places by their numbers, and are not written side by side.
+
+    Compiled it is one loop.
+    """
+    swapped = heads.unflatten(2, (2, -1)).flip(2).flatten(2)
+    return (heads * rotation.cos + swapped * rotation.sin).to(heads.dtype)
+
+
 def rotate(
     x: Float[Tensor, "batch heads length head_dim"], rotation: Rotation
 ) -> Float[Tensor, "batch heads length head_dim"]:
