@@ -277,8 +277,9 @@ def test_a_keyboard_reaches_colours_search_and_navigation(browser, address):
         if "md-nav__link" in page.evaluate(f"{focused}.className"):
             break
     page.wait_for_function(f"{focused}.getBoundingClientRect().left >= 0")  # the navigation slides in
-    page.keyboard.press("Enter")
-    page.wait_for_load_state()
+    with page.expect_navigation():  # or keys are pressed on the page that is left
+        page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.md-skip') !== null")
     page.keyboard.press("/")
     page.keyboard.type("rotary")
     page.wait_for_selector(".md-search-result__item")
