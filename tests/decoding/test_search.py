@@ -158,6 +158,49 @@ def test_alternatives_are_the_likeliest_tokens_before_temperature_and_cuts(seed,
             assert dict(token.alternatives).get(token.id, token.log_prob) == token.log_prob
 
 
+class Ahead(Table):
+    """Steps that begin before the last tokens are known, and write what they find over what the last one found."""
+
+    ahead = True
+
+    def __init__(self, tables: Tensor) -> None:
+        super().__init__(tables)
+        self.memory = [torch.empty(len(tables), *size) for size in ((tables.size(-1),), (), (1,))]
+
+    def scored(self, logits: Tensor) -> Scored:
+        logits[:, list(BANNED)] = -torch.inf
+        best, normaliser = logits.argmax(1), logits.logsumexp(1, keepdim=True)
+        rows, (of_logits, of_best, of_normaliser) = slice(0, len(logits)), self.memory
+        of_logits[rows], of_best[rows], of_normaliser[rows] = logits, best.float(), normaliser
+        return Scored(of_logits[rows], of_best[rows].long(), of_normaliser[rows])
+
+    def step(self, tokens: Tensor) -> Scored:
+        return self.scored(super().step(tokens))
+
+
+@pytest.mark.parametrize("sampler", [GREEDY, Sampler()])
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), limits=st.lists(st.integers(0, 11), min_size=1, max_size=5), stop=st.integers(0, 9))
+def test_steps_that_begin_ahead_find_the_same_tokens(sampler, seed, limits, stop):
+    made = tables(len(limits), seed)
+
+    def told(steps, first, **options):
+        stopped, found = set[int](), []
+        draws = [torch.Generator().manual_seed(seed + row) for row in range(len(limits))]
+        for token in stream(first, steps, sampler, limits, eos_ids=[EOS], generator=draws, stopped=stopped, **options):
+            found.append(token)
+            if len(found) == stop:
+                stopped.add(token.row)
+        return found
+
+    plain, ahead = Table(made), Ahead(made)
+    expected = told(plain, plain.logits(), banned=BANNED)
+    found = told(ahead, ahead.scored(ahead.logits().clone()))
+    assert [token[:2] for token in found] == [token[:2] for token in expected]
+    assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in expected], abs=1e-5)
+    assert len(ahead.rows_seen) <= len(plain.rows_seen) + 1
+
+
 def test_a_sampled_row_does_not_depend_on_its_mates():
     made = tables(5, 11)
 
