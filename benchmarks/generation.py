@@ -236,8 +236,11 @@ def ctranslate2_texts(shape: str, rows: int, precision: str) -> Work:
 
 def transformers_texts(shape: str, rows: int) -> Work:
     """The same by transformers."""
-    model = exports.to_transformers(SHAPES[shape]())
-    ids = torch.tensor(prompts(rows))
+    return generated(exports.to_transformers(SHAPES[shape]()), torch.tensor(prompts(rows)))
+
+
+def generated(model: Any, ids: torch.Tensor) -> Work:
+    """Greedy tokens of transformers' model after each prompt."""
 
     @torch.no_grad()
     def work() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import exports, measure
-from benchmarks.generation import NEW, PROMPT, SHAPES, prompts
+from benchmarks.generation import NEW, PROMPT, SHAPES, generated, prompts
 from benchmarks.measure import Row, Work
 from triglot.config import BlockOptions
 from triglot.decoding.sampling import Sampler
@@ -47,25 +47,6 @@ def our_texts(captured: Captured, rows: int) -> Work:
     """Greedy tokens after each prompt."""
     given, mosts = prompts(rows, below=captured.model.vocab_size), [PROMPT + NEW] * rows
     return lambda: sum(len(text.ids) for text in generate(*start_captured(captured, given, mosts), GREEDY, NEW))
-
-
-def their_texts(model: Any, rows: int, vocab: int, **settings: Any) -> Work:
-    """The same by transformers."""
-    ids = torch.tensor(prompts(rows, below=vocab), device="cuda")
-
-    @torch.no_grad()
-    def work() -> int:
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
-            do_sample=False,
-            **settings,
-        )
-        return found[:, PROMPT:].numel()
-
-    return work
 
 
 def speeds(sides: dict[str, Work], turns: int) -> dict[str, list[float]]:
@@ -111,18 +92,12 @@ def share_rows(shape: str, captured: Captured, how: str, turns: int) -> list[Row
             read.append(bytes_read(captured.model) * (done - 1) / spent)  # one step began before the first was told
             rates.append(block.nbytes / min(timed(block.sum)[0] for _ in range(5)))
     ours, most = statistics.median(read), statistics.median(rates)
-    name, said = f"{shape}, {how}: weights read by steps of one text", specified()
+    name, said = f"{shape}, {how}: weights read by steps of one text", measure.specified(SPECIFIED)
     shared = {"ours": ours / 1e9, "unit": "GB/s", "runs": turns}
     return [
         {"name": f"{name}, of the specified bandwidth", "peer": said / 1e9, "ratio": ours / said, **shared},
         {"name": f"{name}, of the measured bandwidth", "peer": most / 1e9, "ratio": ours / most, **shared},
     ]
-
-
-def specified() -> float:
-    """What the maker says of the GPU; nan for one that is not known here."""
-    name = torch.cuda.get_device_name()
-    return next((rate for part, rate in SPECIFIED.items() if part in name), float("nan"))
 
 
 def section_rows(shape: str, turns: int) -> list[Row]:
@@ -134,7 +109,7 @@ def section_rows(shape: str, turns: int) -> list[Row]:
     found = list[Row]()
     for rows in ROWS:
         sides: dict[str, Work] = {f"triglot, {how}": our_texts(captured, rows) for how, captured in ours.items()}
-        sides["transformers"] = their_texts(theirs, rows, model.vocab_size)
+        sides["transformers"] = generated(theirs, torch.tensor(prompts(rows, model.vocab_size), device="cuda"))
         rates = speeds(sides, turns)
         for how in ours:
             of = {name: rates[name] for name in (f"triglot, {how}", "transformers")}

@@ -131,6 +131,12 @@ def read_rate(megabytes: int = 512, rounds: int = 20) -> float:
     return numbers.nbytes / best
 
 
+def specified(by_gpu: Mapping[str, float]) -> float:
+    """What makers say of the GPU at hand; nan for one that is not known here."""
+    name = torch.cuda.get_device_name()
+    return next((rate for part, rate in by_gpu.items() if part in name), float("nan"))
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """How long it takes, once."""
     began = time.perf_counter()

@@ -361,16 +361,10 @@ def section_rows(section: str, laptop: bool, options: argparse.Namespace) -> lis
         rows.append(share_of_rate(f"{title}: share of the matmul rate", found["triglot"], SMALL, rate))
     if section == "gpu":
         rows += [
-            share_of_rate(f"{title}, {side}: share of the specified rate", speeds, LARGE, specified_rate())
+            share_of_rate(f"{title}, {side}: share of the specified rate", speeds, LARGE, measure.specified(SPECIFIED))
             for side, speeds in found.items()
         ]
     return rows + measure.rows(f"{title}, peak memory", memory, "triglot", "MiB")
-
-
-def specified_rate() -> float:
-    """What the maker says of the GPU; nan for one that is not known here."""
-    name = torch.cuda.get_device_name()
-    return next((rate for part, rate in SPECIFIED.items() if part in name), float("nan"))
 
 
 def share_of_rate(name: str, speeds: Sequence[float], shape: Shape, rate: float) -> Row:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tests.conftest import VARIANTS
 from triglot.config import BlockOptions
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Steps, generate
-from triglot.generation import captured as captured_module
+from triglot.decoding.search import ScoredSteps, Steps, generate
 from triglot.generation.captured import KEPT, SLOTS, Captured, can_be_captured, start_captured
 from triglot.generation.engine import Engine
 from triglot.models.decoder_only import DecoderLLM
@@ -248,6 +247,7 @@ def test_a_room_is_large_enough_and_of_few_sizes(compiled, most, texts):
 def test_the_steps_are_what_a_search_takes():
     first, steps = start_captured(Captured(make_model()), PROMPTS, [LONGEST] * 4)
     assert isinstance(steps, Steps)
-    assert captured_module.CapturedTexts.ahead
+    assert isinstance(steps, ScoredSteps)
+    assert steps.ahead
     texts = generate(first, steps, Sampler(temperature=0.0), [3, 1, 4, 2])
     assert [len(text.ids) for text in texts] == [3, 1, 4, 2]

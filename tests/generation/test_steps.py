@@ -200,7 +200,7 @@ def continuations(name: str, precision: str, prompts: list[list[int]], seeds: li
 requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
        st.sampled_from([1, 2, 5]), st.integers(1, 9))  # fmt: skip
 @example([(230, 24), (102, 19), (104, 24), (349, 10), (779, 24)], random.Random(0), "experts", "fp32", 1, 5)
@@ -226,7 +226,7 @@ def test_a_translation_of_many_words_in_whole_numbers_is_the_same_bits_in_any_co
     assert mixed == [alone[row] for row in order]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
        st.sampled_from([Sampler(), Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)]))  # fmt: skip
 def test_a_continuation_is_the_same_bits_in_any_company(asked, draw, name, precision, sampler):

@@ -27,7 +27,7 @@ MODERATE = 32.0
 IN_CACHE = 2**19
 """Numbers that are worked on at a time, several times over."""
 ROWS = 16
-"""Rows that a GPU draws for at a time."""
+"""Rows that a GPU adds up at a time."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for all rows, one for each row, or torch's own."""
 

@@ -221,7 +221,7 @@ def stream(
     limits = limits_of(max_new_tokens, len(logits), least=0)
     require(top_logprobs >= 0, "top_logprobs", "at least 0", top_logprobs, ConfigError)
     choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
-    ahead = not rules and getattr(steps, "ahead", False)  # rules have to know the tokens
+    ahead = isinstance(steps, ScoredSteps) and steps.ahead and not rules  # which have to know the tokens
     return stream_in_parts(
         [logits],
         lambda tokens: [steps.step(tokens)],

@@ -272,10 +272,14 @@ class PreparedStack:
 def filled_up_projection(
     projection: nn.Linear, banned: Sequence[int]
 ) -> tuple[Float[Tensor, "filled_up_vocab d_model"], Float[Tensor, " filled_up_vocab"]]:
-    """Its weight and bias, a multiple of VOCABULARY long: what fills it up, and what is `banned`, gets −∞."""
-    vocab = projection.out_features
-    weight = F.pad(projection.weight.detach().float(), (0, 0, 0, round_up(vocab, VOCABULARY) - vocab))
-    bias = torch.full((len(weight),), -math.inf)
+    """Its weight and bias, a multiple of VOCABULARY long: what fills it up, and what is `banned`, gets −∞.
+
+    Rows of logits then begin where memory is read at its fastest, and every sum over one is taken in the same order.
+    """
+    vocab, weight = projection.out_features, projection.weight.detach()
+    if (more := round_up(vocab, VOCABULARY) - vocab) > 0:
+        weight = F.pad(weight, (0, 0, 0, more))
+    bias = weight.new_full((len(weight),), -math.inf)
     bias[:vocab] = 0 if projection.bias is None else projection.bias.detach()
     bias[list(banned)] = -math.inf
     return weight, bias

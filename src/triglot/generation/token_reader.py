@@ -19,7 +19,7 @@ from triglot.blocks import Block
 from triglot.decoding.sampling import first_largest
 from triglot.decoding.search import Scored
 from triglot.generation.one_token import OneTokenAttention, written
-from triglot.generation.prepared import VOCABULARY
+from triglot.generation.prepared import filled_up_projection
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.attention import Attention, MultiHeadAttention
 from triglot.layers.positions import Rotation, signed
@@ -112,7 +112,7 @@ class TokenReader:
             for name, part in block.feed_forward.named_children():
                 if isinstance(part, nn.Linear):
                     setattr(block.feed_forward, name, Projection(part))
-        self.weight, self.head_bias = filled_up_head(model.lm_head, banned)
+        self.weight, self.head_bias = filled_up_projection(model.lm_head, banned)
         like = model.lm_head.weight
         self.has_kernel = HAS_TRITON and like.is_cuda and like.itemsize <= 4 and model.relative is None
         compiler = partial(torch.compile, fullgraph=True, dynamic=False, options=OPTIONS) if compiled else None
@@ -149,23 +149,6 @@ class TokenReader:
         hidden = hidden if model.output_scale is None else hidden * model.output_scale
         logits = F.linear(written(hidden), self.weight, self.head_bias).float()
         return logits, first_largest(logits), logits.logsumexp(1, keepdim=True)
-
-
-def filled_up_head(head: nn.Linear, banned: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Its weight and bias, a multiple of VOCABULARY long: what fills it up, and what is `banned`, gets −∞.
-
-    Rows of logits then begin where memory is read at its fastest, and every sum over one is taken in the same order.
-    """
-    vocab, weight = head.out_features, head.weight.detach()
-    if (more := -vocab % VOCABULARY) > 0:
-        weight = F.pad(weight, (0, 0, 0, more))
-    never = [*banned, *range(vocab, vocab + more)]
-    if head.bias is None and not never:
-        return weight, None
-    bias = weight.new_zeros(len(weight))
-    if head.bias is not None:
-        bias[:vocab] = head.bias.detach()
-    return weight, bias.index_fill_(0, torch.tensor(never, dtype=torch.long, device=bias.device), -torch.inf)
 
 
 def read_block(block: Block, x: Rows, rotation: Rotation | None, bias: Tensor | None, place: Place) -> Rows:
