@@ -12,7 +12,7 @@ from triglot.layers.packed import PackedFloat, PackedInt7, PackedInt8, Packer, m
 
 PRECISIONS = ["fp32", "bf16", "int8", "int7", "int4"]
 vnni = pytest.mark.skipif(not multiplies_int8(), reason="this processor does not sum products of four bytes")
-widths = st.sampled_from([(6, 11), (24, 24), (128, 384), (96, 64), (130, 77)])
+widths = st.sampled_from([(6, 11), (24, 24), (128, 384), (96, 64), (130, 77), (1040, 40)])
 
 
 def made(inputs: int, outputs: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,6 +77,23 @@ def test_a_row_gives_the_same_bits_in_any_company(width, chosen, seed, precision
     packed = packed_as(precision, weight, bias)
     chosen += [0] * (packed.least_rows - len(chosen))
     assert torch.equal(packed(x[chosen]), packed(x)[chosen])
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.sampled_from([(1040, 768), (2048, 320)]),
+    st.lists(st.integers(16, 600), min_size=1, max_size=5),
+    st.sampled_from(PRECISIONS),
+)
+def test_rows_of_long_sums_have_the_same_bits_among_hundreds(width, sizes, precision):
+    x, weight, bias = made(*width, 600, 0)
+    packed = packed_as(precision, weight, bias)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # who could share a sum
+    together = packed(x)
+    apart = [packed(x[:size]) for size in sizes]
+    torch.set_num_threads(threads)
+    assert all(part.equal(together[: len(part)]) for part in apart)
 
 
 @pytest.mark.parametrize("precision", ["int7", "int8"])

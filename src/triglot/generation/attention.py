@@ -16,6 +16,8 @@ from triglot.layers.packed import Packer
 from triglot.layers.positions import RotaryPositions
 
 Hidden = Float[Tensor, "rows d_model"]
+KEYS = 256
+"""Keys whose values are summed up at a time: a library sums more in parts that depend on how many there are in all."""
 Turn = tuple[Tensor, Tensor]
 """Cosine and sine [rows, 1, head_dim] of each row's position, the first half of the sines with its sign changed."""
 
@@ -64,10 +66,17 @@ def attend(
     values: Float[Tensor, "rows_and_heads length width"],
     bias: Float[Tensor, "#rows #heads #queries length"],
 ) -> Float[Tensor, "rows_and_heads queries width"]:
-    """softmax(Q Kᵀ + bias) V, queries scaled already."""
+    """softmax(Q Kᵀ + bias) V, queries scaled already; summed up KEYS by KEYS."""
     scores = torch.bmm(query, keys.mT)
     scores.view(-1, len(query) // len(bias) if len(bias) > 1 else bias.size(1), *scores.shape[1:]).add_(bias)
-    return torch.bmm(scores.softmax(-1), values)
+    weights = scores.softmax(-1)
+    if keys.size(1) <= KEYS:
+        return torch.bmm(weights, values)
+    parts = zip(weights.split(KEYS, -1), values.split(KEYS, 1), strict=True)
+    mixed = torch.bmm(*next(parts))
+    for some, of_some in parts:
+        mixed.baddbmm_(some, of_some)
+    return mixed
 
 
 def fill_up(x: Float[Tensor, "*lead narrow"]) -> Float[Tensor, "*lead width"]:

@@ -28,6 +28,10 @@ SMALL = 2**17
 """Weights below which rows cost more to be quantised than they save."""
 LEAST_SIZE = 16
 """Rows and outputs from which on a product of floats gives each row its own bits, wherever it stands."""
+INPUTS = 384
+"""Numbers up to which MKL and oneDNN were seen to take a sum in one order, whatever the number of rows."""
+ROWS = 32
+"""Rows that are multiplied at a time where oneDNN's sums are longer."""
 LEAST = 1e-30
 """What a row of zeros is divided by."""
 
@@ -79,19 +83,27 @@ class _InFull:
 
 
 class PackedFloat:
-    """Weights in fp32 or bf16; those of bf16 as oneDNN wants them, where it is here."""
+    """Weights in fp32 or bf16; those of bf16 as oneDNN wants them, where it is here.
+
+    Libraries take long sums by parts, and which parts depends on how many rows there are. So sums of fp32 are taken by
+    parts of ours, and rows of long sums of bf16 are multiplied so many at a time.
+    """
 
     least_rows = LEAST_SIZE
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None, dtype: torch.dtype) -> None:
         self.outputs, missing = len(weight), max(0, LEAST_SIZE - len(weight))
-        self.weight = F.pad(weight.to(dtype), (0, 0, 0, missing))
+        weight = F.pad(weight.to(dtype), (0, 0, 0, missing))
         self.bias = None if bias is None else F.pad(bias.to(dtype), (0, missing))
-        self.num_bytes, self.dtype = self.weight.nbytes, dtype
+        self.num_bytes, self.dtype = weight.nbytes, dtype
         self.precision: Precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        self.packed = dtype == torch.bfloat16 and self.weight.device.type == "cpu" and has_onednn()
+        self.packed = dtype == torch.bfloat16 and weight.device.type == "cpu" and has_onednn()
         if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+            self.at_a_time = ROWS if weight.size(1) > INPUTS else None
+            self.parts = [torch.ops.mkldnn._reorder_linear_weight(weight, None)]
+        else:
+            size = INPUTS if dtype == torch.float32 else weight.size(1)  # bf16 would be rounded after each part
+            self.parts = [part.contiguous() for part in weight.split(size, 1)]
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         return self.narrow(x).float()
@@ -99,12 +111,30 @@ class PackedFloat:
     def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
         """The same in the weights' own type, activated."""
         x = x.to(self.dtype)
-        if self.packed:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "")
-        else:
-            y = F.linear(x, self.weight, self.bias)
-            y = F.relu(y) if activation == "relu" else y
+        y = self._by_onednn(x, activation) if self.packed else self._by_parts(x, activation)
         return y if y.size(1) == self.outputs else y[:, : self.outputs]
+
+    def _by_onednn(self, x: Rows, activation: str) -> Float[Tensor, "rows filled"]:
+        def product(some: Rows) -> Tensor:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(some, self.parts[0], self.bias, activation, [], "")
+            return y
+
+        if self.at_a_time is None or len(x) <= self.at_a_time:
+            return product(x)
+        missing = max(0, LEAST_SIZE - len(x) % self.at_a_time) if len(x) % self.at_a_time else 0
+        filled = F.pad(x, (0, 0, 0, missing)) if missing else x
+        return torch.cat([product(some) for some in filled.split(self.at_a_time)])[: len(x)]
+
+    def _by_parts(self, x: Rows, activation: str) -> Float[Tensor, "rows filled"]:
+        first, *others = self.parts
+        if others:
+            of_first, *of_others = x.split(first.size(1), 1)
+            y = F.linear(of_first, first, self.bias)
+            for some, weight in zip(of_others, others, strict=True):
+                y.addmm_(some, weight.T)
+        else:
+            y = F.linear(x, first, self.bias)
+        return F.relu(y) if activation == "relu" else y
 
 
 class PackedInt8(_InFull):
