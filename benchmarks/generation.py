@@ -312,7 +312,7 @@ def share_of_bandwidth(shape: str, precision: Any, *, compiles: bool) -> Row:
         spent = measure.seconds(lambda: sum(1 for _ in tokens))  # noqa: B023  # called at once
         if turn:
             read.append(prepared.num_bytes * (NEW - 1) / spent)
-            rates.append(measure.read_rate(rounds=5))
+            rates.append(measure.read_rate(prepared.num_bytes, rounds=5))
     ours, most = statistics.median(read), statistics.median(rates)
     how = "compiled, " * compiles + precision
     name = f"text: {shape}, batch 1, {how}: weights read by steps, of the memory's bandwidth"

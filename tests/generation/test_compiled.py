@@ -1,6 +1,8 @@
 """Compiled code computes what the model computes, of one text as of several, and is compiled once."""
 
 import shutil
+import subprocess
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from triglot.decoding.search import Scored, generate
 from triglot.errors import ConfigError
 from triglot.generation import aot, compiled
 from triglot.generation.compiled import Compiled, start_compiled
-from triglot.generation.one_token import Head, RowLinear
+from triglot.generation.one_token import Head, WholeLinear, row_linear
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import start_texts
 from triglot.models.decoder_only import DecoderLLM
@@ -112,8 +114,21 @@ def test_what_is_exported_takes_texts_of_any_length(prompts, changes, monkeypatc
 def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, rows):
     torch.manual_seed(1)
     layer, x = torch.nn.Linear(37, 51), torch.randn(rows, 1, 37)
-    found = RowLinear(layer.weight, layer.bias, precision)(x)
+    found = row_linear(layer.weight, layer.bias, precision)(x)
     torch.testing.assert_close(found, layer(x), rtol=0, atol=TOLERANCE[precision])
+
+
+@given(st.sampled_from([1, 37, 600, 20_000]), st.booleans(), st.integers(0, 99))
+def test_whole_rows_err_by_half_a_step_and_no_sum_of_them_is_too_large(inputs, equal, seed):
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.full((3, inputs), -0.2) if equal else torch.randn(3, inputs, generator=draw)
+    x = torch.full((2, 1, inputs), 7.0) if equal else torch.randn(2, 1, inputs, generator=draw)
+    layer = WholeLinear(weight, None)
+    rounded = layer.weight.double() * layer.scale[:, None].double()
+    step = x.abs().amax(-1, keepdim=True) / layer.largest
+    error = (layer(x) - x.double() @ rounded.T).abs()
+    assert (error <= 0.51 * step * rounded.abs().sum(1)).all()
+    assert 0 < layer.largest <= 2**15 - 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -248,6 +263,23 @@ def test_what_cannot_be_compiled_is_refused_before_work(make, kind, changes, tol
 def test_guesses_are_refused(make):
     with pytest.raises(ConfigError, match="`speculate` must be 0 where `compiled` is set, but is 2"):
         make("decoder_only", compiled=True).generate(["a"], speculate=2)
+
+
+@pytest.mark.usefixtures("code")
+def test_sums_of_whole_numbers_become_vectors(tmp_path, monkeypatch):
+    if not shutil.which("objdump"):
+        pytest.skip("there is no objdump here")
+    layer = WholeLinear(torch.randn(64, 64), None)
+    monkeypatch.setattr(aot, "_folder", lambda: tmp_path)
+    run = aot.bound(aot.compile_module(layer, (torch.zeros(1, 1, 64),), (None,), 2**13), layer)
+    x = torch.randn(1, 1, 64)
+    torch.testing.assert_close(run([x])[0], layer(x))
+    (package,) = tmp_path.glob("*.pt2")
+    with zipfile.ZipFile(package) as parts:
+        (library,) = [name for name in parts.namelist() if name.endswith(".so")]
+        parts.extract(library, tmp_path)
+    code = subprocess.run(["objdump", "-d", tmp_path / library], capture_output=True, text=True, check=True).stdout
+    assert "pmaddwd" in code or "pdpwssd" in code
 
 
 @pytest.mark.usefixtures("code")

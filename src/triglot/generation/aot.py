@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import platform
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,10 +18,14 @@ from triglot.errors import ConfigError
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Compiled code, from inputs and state in one list."""
 OPTIONS = {
+    "realize_reads_threshold": 16,  # rather than writing out what is made of five small parts
     "cpp.enable_floating_point_contract_flag": "fast",
     "aot_inductor.check_lowerbound": False,
     "memory_planning": True,  # one piece of memory for all that a call writes, not one for each
 }
+GCC = "-ftree-loop-vectorize"
+"""What PyTorch forbids GCC: to make vectors of loops of which it makes none itself, as of sums of whole numbers."""
+GCC_OF = {"AVX512": f"{GCC} -mprefer-vector-width=512"}
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +59,7 @@ def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[An
     """
     options = OPTIONS | {"cpp.min_chunk_size": grain}
     program = exported(module, inputs, dynamic)
-    path = _folder() / f"{_key(f'{program}{options}')}.pt2"
+    path = _folder() / f"{_key(f'{program}{options}{_gcc_flags()}')}.pt2"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             package = Path(folder) / path.name
@@ -75,12 +80,34 @@ def _compile(program: torch.export.ExportedProgram, package: str, options: dict[
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        get_cpp_compiler()
+        compiler = get_cpp_compiler()
     except InvalidCxxCompiler as error:
         rule = "left out where there is no C++ compiler (g++, or what the variable CXX names)"
         raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
+    options = options | {"cpp.cxx": (_with_flags(compiler),)}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch's, of itself
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
+
+
+def _with_flags(compiler: str) -> str:
+    """A script that calls GCC with flags of ours behind PyTorch's; another compiler as it is."""
+    from torch._inductor.cpp_builder import is_gcc
+
+    if not is_gcc():
+        return compiler
+    text = f'#!/bin/sh\nexec {shlex.quote(compiler)} "$@" {_gcc_flags()}\n'
+    script = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}-g++"
+    if not script.exists():
+        with tempfile.TemporaryDirectory(dir=script.parent) as folder:
+            made = Path(folder) / script.name
+            made.write_text(text)
+            made.chmod(0o755)
+            made.replace(script)
+    return str(script)
+
+
+def _gcc_flags() -> str:
+    return GCC_OF.get(torch.backends.cpu.get_cpu_capability(), GCC)
 
 
 def _folder() -> Path:

@@ -41,13 +41,12 @@ FEW = 300
 
 
 class RowLinear(nn.Module):
-    """x Wᵀ + b of few rows, in fp32, whatever weights are held in: int8 with a scale per output, bf16, fp32.
+    """x Wᵀ + b of few rows, in fp32, whatever weights are held in: bf16, fp32.
 
     They are held as they are read, for LANES outputs at a time: a vector of sums, one for each, needs no adding up.
     """
 
     weight: Tensor
-    scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -57,31 +56,26 @@ class RowLinear(nn.Module):
         precision: Precision,
     ) -> None:
         super().__init__()
-        scale, weight, self.outputs = None, weight.detach().float(), weight.size(-2)
-        if precision == "int8":
-            scale = weight.abs().amax(-1).clamp_min(LEAST) / 127
-            weight = (weight / scale[..., None]).round().to(torch.int8)
-        elif precision == "bf16":
-            weight = weight.to(torch.bfloat16)
+        self.outputs = weight.size(-2)
+        weight = weight.detach().to(torch.bfloat16 if precision == "bf16" else torch.float32)
         weight = F.pad(weight, (0, 0, 0, -self.outputs % LANES)).unflatten(-2, (-1, LANES))
         self.register_buffer("weight", weight.transpose(-1, -2).contiguous())
-        self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Rows, expert: Int[Tensor, "1"] | None = None) -> Float[Tensor, "rows 1 outputs"]:
         """By the weights, or those of one `expert`, which are read where they stand."""
         rows = written(x.flatten(1)).unbind()
-        weight, scale, bias = (
-            part if part is None or expert is None else part.index_select(0, expert)[0]
-            for part in (self.weight, self.scale, self.bias)
-        )
-        assert weight is not None
+        weight, bias = of_expert(expert, self.weight, self.bias)
         # One loop over the weights for all rows.
         parts = weight.chunk(in_turns(len(weight), weight.size(1), len(x)))
         sums = [torch.cat([total(row, part) for part in parts]) for row in rows]
         y = torch.stack(sums).flatten(1)[:, : self.outputs]
-        y = y if scale is None else y * scale
         return (y if bias is None else y + bias)[:, None]
+
+
+def of_expert(expert: Int[Tensor, "1"] | None, *parts: Any) -> Any:
+    """All of these parts of a layer, or what one `expert` has of them; what is None stays so."""
+    return [part if part is None or expert is None else part.index_select(0, expert)[0] for part in parts]
 
 
 def total(
@@ -100,6 +94,54 @@ def in_turns(vectors: int, inputs: int, rows: int) -> int:
     threads = torch.get_num_threads()
     shared = (some for some in (4, 3, 2) if vectors % (some * threads) == 0 and vectors // some * FEW >= inputs)
     return 1 if rows > 1 else next(shared, 1)
+
+
+class WholeLinear(nn.Module):
+    """x Wᵀ + b of few rows in whole numbers: weights of 8 bits, rows of 16 at most, a scale for each output and row.
+
+    Compilers know such sums (of two products at a time; with VNNI one instruction), and no order gives another one.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    largest: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Float[Tensor, "*experts outputs inputs"], bias: Float[Tensor, "*experts outputs"] | None
+    ) -> None:
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(-1).clamp_min(LEAST) / 127
+        whole = (weight / scale[..., None]).round()
+        self.register_buffer("weight", whole.to(torch.int8))
+        self.register_buffer("scale", scale)
+        # So that no sum is more than 32 bits.
+        most = torch.iinfo(torch.int32).max / whole.abs().sum(-1, dtype=torch.float64).amax()
+        self.register_buffer("largest", most.clamp_max(torch.iinfo(torch.int16).max).floor().float())
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Rows, expert: Int[Tensor, "1"] | None = None) -> Float[Tensor, "rows 1 outputs"]:
+        """By the weights, or those of one `expert`, which are read where they stand."""
+        weight, scale, bias = of_expert(expert, self.weight, self.scale, self.bias)
+        rows = written(x.flatten(1))
+        step = rows.abs().amax(1, keepdim=True).clamp_min(LEAST) / self.largest
+        whole = written((rows / step).round().short())
+        # One loop over the weights for all rows.
+        outputs, inputs = weight.shape
+        parts = weight.chunk(in_turns(outputs, inputs, len(x)))
+        sums = [torch.cat([(row.int() * part.int()).sum(1, dtype=torch.int32) for part in parts]) for row in whole]
+        y = torch.stack(sums).float() * scale * step
+        return (y if bias is None else y + bias)[:, None]
+
+
+def row_linear(
+    weight: Float[Tensor, "*experts outputs inputs"],
+    bias: Float[Tensor, "*experts outputs"] | None,
+    precision: Precision,
+) -> nn.Module:
+    """x Wᵀ + b of few rows."""
+    return WholeLinear(weight, bias) if precision == "int8" else RowLinear(weight, bias, precision)
 
 
 class RowNorm(nn.Module):
@@ -126,8 +168,8 @@ class RowExperts(nn.Module):
         self.activation, self.k = moe.activation, moe.k
         self.register_buffer("selection_bias", moe.selection_bias)
         self.router = RowLinear(moe.router.weight, moe.router.bias, "fp32")
-        self.inner = RowLinear(moe.inner, moe.inner_bias, precision)
-        self.outer = RowLinear(moe.outer, moe.outer_bias, precision)
+        self.inner = row_linear(moe.inner, moe.inner_bias, precision)
+        self.outer = row_linear(moe.outer, moe.outer_bias, precision)
         self.shared = None if moe.shared is None else with_rows(moe.shared, precision)
 
     def forward(self, x: Rows) -> Rows:
@@ -195,8 +237,8 @@ class RowAttention(OneTokenAttention):
         super().__init__(attention)
         parts = [attention.query, attention.key, attention.value]
         bias = None if attention.query.bias is None else torch.cat([part.bias for part in parts])
-        self.inner = RowLinear(torch.cat([part.weight for part in parts]), bias, precision)
-        self.outer = RowLinear(attention.output.weight, attention.output.bias, precision)
+        self.inner = row_linear(torch.cat([part.weight for part in parts]), bias, precision)
+        self.outer = row_linear(attention.output.weight, attention.output.bias, precision)
 
     def forward(
         self, x: Rows, *_: Any, cache: Token, rotation: Rotation | None, bias: Tensor | None, **_also: Any
@@ -277,7 +319,7 @@ class Head(nn.Module):
     def __init__(self, model: DecoderLLM, precision: Precision, banned: Sequence[int]) -> None:
         super().__init__()
         self.norm, self.scale = with_rows(model.final_norm, precision), model.output_scale
-        self.projection = RowLinear(*filled_up_projection(model.lm_head, banned), precision)
+        self.projection = row_linear(*filled_up_projection(model.lm_head, banned), precision)
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [rows, filled_up_vocab], the first largest one of each row, and the rows' log Σ exp [rows, 1]."""
@@ -289,7 +331,8 @@ class Head(nn.Module):
         starts = torch.arange(0, maxima.numel(), maxima.size(1))
         within = blocks.flatten(0, 1).index_select(0, block + starts).argmax(1)
         sums = written((blocks - top[..., None]).exp().sum(2)).sum(1, keepdim=True)
-        return logits, block * BLOCK + within, top + sums.log()
+        # A full vector for each, since fewer numbers than one would be given another logarithm.
+        return logits, block * BLOCK + within, top + written(sums.expand(-1, LANES).log())[:, :1]
 
 
 def with_rows(module: Module, precision: Precision) -> Module:
@@ -304,7 +347,7 @@ def _with_rows(module: nn.Module, precision: Precision) -> nn.Module:
         case MixtureOfExperts():
             return RowExperts(module, precision)
         case nn.Linear():
-            return RowLinear(module.weight, module.bias, precision)
+            return row_linear(module.weight, module.bias, precision)
         case nn.LayerNorm():
             return RowNorm(module)
     for name, part in list(module.named_children()):
