@@ -11,8 +11,10 @@ from triglot.config import RunConfig
 from triglot.data.corpus import Example
 from triglot.errors import ConfigError, DataError
 from triglot.evaluation import examples_dataset, text_scores
+from triglot.generation.log_probs import Row, log_probs
 from triglot.generation.scoring import prompt_ids, score_file, score_pairs, score_texts
 from triglot.layers.masks import create_masks
+from triglot.models.decoder_only import DecoderLLM
 from triglot.models.factory import build_model
 from triglot.recipe import from_dict
 from triglot.tokenizer import SpecialIds, Tokenizer, Tokenizers
@@ -129,6 +131,19 @@ def test_a_text_is_given_the_same_bits_alone_and_in_any_company(options, batch_t
     together = scored(order, batch_tokens)
     alone = [scored([row], 10**6) for row in order]
     assert together == [one for one, _ in alone] + [other for _, other in alone]
+
+
+def test_a_wide_model_gives_a_text_the_same_bits_among_many():
+    torch.manual_seed(0)
+    model = DecoderLLM(40, 1040, 2, 1, 64, 64).eval()
+    draw = torch.Generator().manual_seed(0)
+    rows = [Row(ids[:-1], ids[1:]) for ids in torch.randint(40, (9, 60), generator=draw).tolist()]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # who could share a sum
+    together = log_probs(model, rows, 10**6)
+    alone = [log_probs(model, [row], 10**6)[0] for row in rows]
+    torch.set_num_threads(threads)
+    assert together == alone
 
 
 def test_scores_are_the_same_in_training_mode_and_leave_the_model_in_it():

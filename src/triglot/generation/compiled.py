@@ -5,10 +5,10 @@ their price. So blocks that read one token (`one_token.py`) are exported and com
 AOTInductor): a few become one call, and all such calls, being of one shape, share the code. Several texts are read by
 code for TOGETHER of them, whose loops over the weights serve all.
 
-Weights are rounded and rows are not, unlike in `prepared.py`, so that log-probabilities are others than there. What a
-text becomes does not depend on its company here either: both codes take its sums in the same order, what is hidden
-weighs exactly nothing, and where a compiler has done otherwise, which is seen before the first texts are read
-together, each is read alone.
+Rows are rounded to 16 bits where weights are to eight, and else not at all, unlike in `prepared.py`, so that
+log-probabilities are others than there. What a text becomes does not depend on its company here either: both codes
+take its sums in the same order, what is hidden weighs exactly nothing, and where a compiler has done otherwise, which
+is seen before the first texts are read together, each is read alone.
 """
 
 import itertools

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from triglot.data.batch import IGNORED, Batch, LanguageBatch, PairBatch, targets_of
+from triglot.layers.packed import INPUTS
 from triglot.models.decoder_only import DecoderLLM
 from triglot.objective import Model, evaluating, run_model, to_device
 
@@ -60,8 +61,7 @@ def _batches(model: Model, rows: Sequence[Row], batch_tokens: int) -> Iterator[t
     for number, row in enumerate(rows):
         lengths = (min(limit, -(-len(side) // MULTIPLE) * MULTIPLE) for side in (row.inputs, row.source))
         shapes.setdefault(tuple(lengths), []).append(number)
-    # How many tokens an expert is given, and with it the bits of its product, depends on the company.
-    alone = model.options.experts is not None and model.projection.weight.device.type == "cpu"
+    alone = model.projection.weight.device.type == "cpu" and _sums_depend_on_company(model)
     for (length, source_length), numbers in sorted(shapes.items()):
         size = 1 if alone else max(1, batch_tokens // (length + source_length))
         for first in range(0, len(numbers), size):
@@ -73,6 +73,12 @@ def _batches(model: Model, rows: Sequence[Row], batch_tokens: int) -> Iterator[t
                 yield chosen, PairBatch(sources, inputs, targets, of_source, real)
             else:
                 yield chosen, LanguageBatch(inputs, targets)
+
+
+def _sums_depend_on_company(model: Model) -> bool:
+    """Whether it depends on the company how many tokens an expert is given, or by which parts a long sum is taken."""
+    longest = max(part.in_features for part in model.modules() if isinstance(part, nn.Linear))
+    return model.options.experts is not None or longest > INPUTS
 
 
 def _filled(rows: Sequence[Sequence[int]], length: int, value: int = 0) -> tuple[Tensor, Tensor]:
