@@ -70,6 +70,19 @@ def test_whole_numbers_are_multiplied_and_summed_exactly(width, rows, seed):
     assert ((restored - x).abs() <= quantised.largest / 127 * 0.5001).all()
 
 
+@vnni
+@pytest.mark.parametrize("width", [(24, 24), (130, 77), (576, 960)])
+def test_a_single_row_has_the_same_bits_with_tiles_and_without(width, monkeypatch):
+    x, weight, bias = made(*width, 1, 0)
+    found = []
+    for tiles in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        packed = PackedInt8(weight, bias)
+        assert (packed.columns is None) == tiles
+        found.append(packed(x))
+    assert found[0].equal(found[1])
+
+
 @settings(deadline=None, max_examples=100)
 @given(widths, st.lists(st.integers(0, 39), min_size=1, max_size=60), st.integers(0, 99), st.sampled_from(PRECISIONS))
 def test_a_row_gives_the_same_bits_in_any_company(width, chosen, seed, precision):
