@@ -21,6 +21,7 @@ OPTIONS = {
     "realize_reads_threshold": 16,  # rather than writing out what is made of five small parts
     "cpp.enable_floating_point_contract_flag": "fast",
     "aot_inductor.check_lowerbound": False,
+    "assert_indirect_indexing": False,  # once for each product, of experts that we have chosen
     "memory_planning": True,  # one piece of memory for all that a call writes, not one for each
 }
 GCC = "-ftree-loop-vectorize"
