@@ -6,7 +6,8 @@ import platform
 import shlex
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,8 @@ def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[An
     program = exported(module, inputs, dynamic)
     path = _folder() / f"{_key(f'{program}{options}{_gcc_flags()}')}.pt2"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            package = Path(folder) / path.name
+        with _becoming(path) as package:
             _compile(program, str(package), options)
-            package.replace(path)
     run: Run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
     return run
 
@@ -99,16 +98,23 @@ def _with_flags(compiler: str) -> str:
     text = f'#!/bin/sh\nexec {shlex.quote(compiler)} "$@" {_gcc_flags()}\n'
     script = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}-g++"
     if not script.exists():
-        with tempfile.TemporaryDirectory(dir=script.parent) as folder:
-            made = Path(folder) / script.name
+        with _becoming(script) as made:
             made.write_text(text)
             made.chmod(0o755)
-            made.replace(script)
     return str(script)
 
 
 def _gcc_flags() -> str:
     return GCC_OF.get(torch.backends.cpu.get_cpu_capability(), GCC)
+
+
+@contextmanager
+def _becoming(path: Path) -> Iterator[Path]:
+    """A path of this process alone, which becomes `path` when all is written: others may make the same meanwhile."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        yield made
+        made.replace(path)
 
 
 def _folder() -> Path:

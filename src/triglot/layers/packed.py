@@ -115,15 +115,11 @@ class PackedFloat:
         return y if y.size(1) == self.outputs else y[:, : self.outputs]
 
     def _by_onednn(self, x: Rows, activation: str) -> Float[Tensor, "rows filled"]:
-        def product(some: Rows) -> Tensor:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(some, self.parts[0], self.bias, activation, [], "")
-            return y
-
-        if self.at_a_time is None or len(x) <= self.at_a_time:
-            return product(x)
-        missing = max(0, LEAST_SIZE - len(x) % self.at_a_time) if len(x) % self.at_a_time else 0
-        filled = F.pad(x, (0, 0, 0, missing)) if missing else x
-        return torch.cat([product(some) for some in filled.split(self.at_a_time)])[: len(x)]
+        if self.at_a_time is not None and len(x) > self.at_a_time:
+            filled = F.pad(x, (0, 0, 0, -len(x) % LEAST_SIZE))
+            return torch.cat([self._by_onednn(some, activation) for some in filled.split(self.at_a_time)])[: len(x)]
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.parts[0], self.bias, activation, [], "")
+        return y
 
     def _by_parts(self, x: Rows, activation: str) -> Float[Tensor, "rows filled"]:
         first, *others = self.parts
