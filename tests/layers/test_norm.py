@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from triglot.layers.norm import Residual, add, make_norm
+from triglot.layers.rms_norm import inverse_rms
 
 BATCH, LENGTH, D_MODEL = 2, 5, 11
 
@@ -73,3 +76,11 @@ def test_rms_norm_is_torchs_gradients_included(dtype, scale):
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}[dtype]
     for one, other in ((found, expected), (x.grad * scale, y.grad * scale), (ours.weight.grad, theirs.weight.grad)):
         torch.testing.assert_close(one.double(), other, atol=10 * tolerance, rtol=tolerance)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 1500), st.lists(st.integers(0, 59), min_size=1, max_size=90))
+def test_rms_norm_gives_a_row_the_same_bits_in_any_company(width, chosen):
+    x = torch.randn(60, width, generator=torch.Generator().manual_seed(0))
+    eps = torch.tensor(1e-5)
+    assert inverse_rms(x[chosen], eps).equal(inverse_rms(x, eps)[chosen])

@@ -78,9 +78,18 @@ def test_a_single_row_has_the_same_bits_with_tiles_and_without(width, monkeypatc
     for tiles in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
         packed = PackedInt8(weight, bias)
-        assert (packed.columns is None) == tiles
+        assert isinstance(packed.for_one_row, torch.ScriptObject) == tiles
         found.append(packed(x))
-    assert found[0].equal(found[1])
+    many = packed(x.repeat(8, 1))[:1]
+    assert all(one.equal(many) for one in found)
+
+
+@vnni
+def test_halves_are_rounded_alike_in_one_row_and_in_many():
+    x = torch.cat([torch.arange(-127, 127) + 0.5, torch.tensor([127.0])])[None]
+    packed = PackedInt8(torch.eye(255), None)
+    assert packed(x).equal(packed(x.repeat(8, 1))[:1])
+    assert (packed(x)[0] - x[0].round()).abs().max() < 1e-4  # half to even
 
 
 @settings(deadline=None, max_examples=100)

@@ -21,7 +21,8 @@ Rows = Float[Tensor, "rows inputs"]
 ZERO = 128
 """What stands for 0 in a quantised row."""
 # Tensors, since a small operation with one of Python's numbers takes twice as long.
-_MOST, _UP, _SIGN = torch.tensor(127.0), torch.tensor(ZERO + 0.5), torch.tensor(-128, dtype=torch.int8)
+_MOST, _ROUND, _ROUND_FROM_ZERO = torch.tensor(127.0), torch.tensor(1.5 * 2**23), torch.tensor(1.5 * 2**23 + ZERO)
+"""Added to 1.5 · 2²³ a number is rounded, half to even, and stands in the last bits: sooner than by a cast."""
 GROUP = 32
 """Weights that share a scale where they have four bits."""
 SMALL = 2**17
@@ -45,9 +46,30 @@ class QuantisedRows(NamedTuple):
 
 def quantise_rows(x: Rows) -> QuantisedRows:
     """Each row divided by its largest magnitude, which becomes 127."""
+    scaled, largest = scale_rows(x)
+    return QuantisedRows(scaled.add_(_ROUND_FROM_ZERO).view(torch.int32).to(torch.uint8), largest)
+
+
+def scale_rows(x: Rows) -> tuple[Rows, Float[Tensor, "rows 1"]]:
+    """The same before they are rounded: from −127 to 127, with each row's largest magnitude."""
     largest = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-    whole = (x * (_MOST / largest)).add_(_UP).to(torch.uint8)  # the cast cuts, hence the half
-    return QuantisedRows(whole, largest)
+    return x * (_MOST / largest), largest
+
+
+def prepack_for_fbgemm(whole: Int8[Tensor, "outputs inputs"], scale: Float[Tensor, " outputs"]) -> torch.ScriptObject:
+    """Weights as FBGEMM wants them."""
+    with warnings.catch_warnings():  # PyTorch wants to be rid of tensors that are quantised; its products want one
+        warnings.simplefilter("ignore")
+        middles = torch.zeros(len(whole), dtype=torch.long)
+        quantised = torch._make_per_channel_quantized_tensor(whole, scale.double(), middles, 0)
+        packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantised, None)
+    return packed
+
+
+def multiply_by_fbgemm(scaled: Rows, packed: torch.ScriptObject) -> Float[Tensor, "rows outputs"]:
+    """Sums of products of these rows, which are rounded, half to even, times the scale of each output."""
+    y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(scaled, 1.0, ZERO, packed)
+    return y
 
 
 @runtime_checkable
@@ -136,9 +158,9 @@ class PackedFloat:
 class PackedInt8(_InFull):
     """Weights as whole numbers from −127 to 127, with a scale for each output, times rows quantised as they come.
 
-    They are held twice: as the products of many rows want them, and as they are. A single row is multiplied with those
-    at the rate at which memory can be read, in two thirds of the time, and to the same bits; but not on a processor
-    that multiplies tiles (AMX), on which that takes two to four times as long.
+    They are held twice: for the products of many rows, and for one, which is multiplied to the same bits in two thirds
+    of the time: as they are, or, on a processor that multiplies tiles (AMX), by FBGEMM, since there the former takes
+    twice as long.
     """
 
     least_rows = 1
@@ -152,17 +174,28 @@ class PackedInt8(_InFull):
         self.num_bytes = whole.nbytes
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
-        self.columns = None if torch.cpu._is_amx_tile_supported() else whole.T
+        by_fbgemm = multiplies_tiles() and has_fbgemm()
+        self.for_one_row = prepack_for_fbgemm(whole, self.scale) if by_fbgemm else whole.T
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
-        whole, largest = quantise_rows(x)
-        y = self.product(whole)
+        y, largest = self.by_one_row(x) if len(x) == 1 else self.by_many(x)
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
+
+    def by_one_row(self, x: Rows) -> tuple[Tensor, Tensor]:
+        """What is still to be multiplied by the row's largest, and that."""
+        scaled, largest = scale_rows(x)
+        if isinstance(self.for_one_row, torch.ScriptObject):
+            return multiply_by_fbgemm(scaled, self.for_one_row), largest
+        whole = scaled.add_(_ROUND).view(torch.int32).to(torch.int8)
+        return torch._int_mm(whole, self.for_one_row) * self.scale, largest
+
+    def by_many(self, x: Rows) -> tuple[Tensor, Tensor]:
+        """The same of any number of rows."""
+        whole, largest = quantise_rows(x)
+        return self.product(whole), largest
 
     def product(self, whole: UInt8[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """What is still to be multiplied by each row's largest, without the bias."""
-        if self.columns is not None and len(whole) == 1:
-            return torch._int_mm(whole.view(torch.int8).bitwise_xor(_SIGN), self.columns) * self.scale
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, ZERO, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -184,16 +217,11 @@ class PackedInt7(_InFull):
         self.scale = largest / (64 * 127)
         self.bias = None if bias is None else bias.float()
         self.num_bytes = whole.nbytes
-        with warnings.catch_warnings():  # PyTorch wants to be rid of tensors that are quantised; its products want one
-            warnings.simplefilter("ignore")
-            middles = torch.zeros(len(whole), dtype=torch.long)
-            quantised = torch._make_per_channel_quantized_tensor(whole, self.scale.double(), middles, 0)
-            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
+        self.packed = prepack_for_fbgemm(whole, self.scale)
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-        x = x * (_MOST / largest)  # the product rounds
-        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, ZERO, self.packed)
+        scaled, largest = scale_rows(x)
+        y = multiply_by_fbgemm(scaled, self.packed)
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
 
@@ -302,5 +330,11 @@ def multiplies_int8() -> bool:
 
 def multiplies_bf16() -> bool:
     """Whether this processor has instructions for products of bf16, and PyTorch uses them."""
-    has_some = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return has_some and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return multiplies_tiles() or (
+        torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def multiplies_tiles() -> bool:
+    """Whether this processor has instructions for products of whole tiles (AMX), and PyTorch uses them."""
+    return torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -20,13 +20,18 @@ class RMSNorm(nn.RMSNorm):
         return normalised
 
 
+def inverse_rms(x: Float[Tensor, "*rows d_model"], eps: Float[Tensor, ""]) -> Float[Tensor, "*rows 1"]:
+    """1 / √(mean x² + ε) of each row, in three operations."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(eps, norm, norm, value=1 / x.size(-1)).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x / √(mean x² + ε) · w."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        scale = mean_square.add_(eps).rsqrt_()
+        scale = inverse_rms(x, torch.tensor(eps, dtype=x.dtype))
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
