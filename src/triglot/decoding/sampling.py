@@ -19,12 +19,12 @@ from torch import Tensor
 from triglot.errors import ConfigError, require
 from triglot.layers.vectors import VECTOR, in_whole_vectors, round_up
 
-BLOCK = 64
+BLOCK = 128
 NOTHING = -1e30
 """Stands for −∞ where that would make NaN."""
 MODERATE = 32.0
 """A row to be scaled whose largest number is no further from 0 is summed as it is: that costs a last bit, or two."""
-IN_CACHE = 2**19
+IN_CACHE = 2**17
 """Numbers that are worked on at a time, several times over."""
 ROWS = 16
 """Rows that a GPU adds up at a time."""
@@ -96,21 +96,24 @@ def log_sum_exp(
     sums = values.new_ones(round_up(rows, VECTOR), 1)
     some = max(1, IN_CACHE // columns)
     powers = values.new_empty(min(rows, some), columns)
-    for first in range(0, rows, some):
-        at = slice(first, min(first + some, rows))
-        into = powers[: at.stop - first]
-        if scale is None:
-            torch.sub(values[at], top[at], out=into).mul_(per_log)  # so that the largest becomes exactly 1
+    per_power = None if scale is None else scale * per_log
+    given = [None if part is None else part.split(some) for part in (per_power, far)]
+    parts = values.split(some), top.split(some), sums[:rows].split(some)
+    for place, (part, largest_ones, total) in enumerate(zip(*parts, strict=True)):
+        into = powers if part.shape == powers.shape else powers[: len(part)]
+        factor, shift = (of_part and of_part[place] for of_part in given)
+        if factor is None:
+            torch.sub(part, largest_ones, out=into).mul_(per_log)  # so that the largest becomes exactly 1
         else:
-            torch.mul(values[at], scale[at] * per_log, out=into)
-        if far is not None:
-            into.sub_(far[at])
+            torch.mul(part, factor, out=into)
+        if shift is not None:
+            into.sub_(shift)
         in_whole_vectors(into, Tensor.exp2_)
-        blocks = into.view(len(into), -1, BLOCK).sum(2)
+        blocks = into.view(-1, columns // BLOCK, BLOCK).sum(2)
         if values.device.type == "cpu":
-            torch.sum(blocks, 1, keepdim=True, out=sums[at])
+            torch.sum(blocks, 1, keepdim=True, out=total)
         else:
-            sums[at] = running_sum(blocks)[:, -1:]
+            total.copy_(running_sum(blocks)[:, -1:])
     return torch.maximum(sums.log_()[:rows].add_(taken), top).masked_fill_(top == NOTHING, 0.0)
 
 

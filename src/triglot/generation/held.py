@@ -11,10 +11,18 @@ from triglot.layers.vectors import round_up
 
 LENGTH = 16
 """Keys are read in multiples of this."""
-WIDTH = 32
-"""Narrower heads are filled up with zeros to this: products of narrow ones have other bits in other company."""
+OWN = {torch.float32: LENGTH, torch.bfloat16: 32}
+"""… and of this where their number changes: of others, sums in bf16 are taken by other instructions."""
+WIDTH, GRAIN = 32, 4
+"""Narrower heads are filled up with zeros to this, since products of narrow ones have other bits in other company, and
+wider ones to a multiple of GRAIN, so that they can be copied eight bytes at a time."""
 
 Heads = Float[Tensor, "tokens_and_heads width"]
+
+
+def held_width(head_dim: int) -> int:
+    """What heads are filled up to."""
+    return round_up(max(head_dim, WIDTH), GRAIN)
 
 
 def keep_rows(x: Tensor, dim: int, rows: Int[Tensor, " kept"]) -> Tensor:
@@ -53,15 +61,22 @@ class Held:
         most: int,
         queries: int = 1,
         window: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.most, self.queries, self.window = round_up(most, LENGTH), queries, window
-        self.hold(torch.zeros(2, layers, rows, kv_heads, LENGTH, max(head_dim, WIDTH)))
+        self.multiple = OWN[dtype]
+        self.most, self.queries, self.window = round_up(most, self.multiple), queries, window
+        self.hold(torch.zeros(2, layers, rows, kv_heads, self.multiple, held_width(head_dim), dtype=dtype))
 
     def hold(self, both: Float[Tensor, "2 layers rows kv_heads capacity width"]) -> None:
         """Hold these instead."""
         self.both = both
         self.layers = list(zip(*both.flatten(2, 3).unbind(), strict=True))
         """Keys and values of each layer, [rows · kv_heads, capacity, width]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they are held as."""
+        return self.both.dtype
 
     @property
     def rows(self) -> int:
@@ -72,7 +87,8 @@ class Held:
         """Have room for rows of `length`."""
         capacity = self.both.size(4)
         if length > capacity:  # tight, since what is not read still parts what is
-            longer = min(round_up(max(length, capacity * 5 // 4), LENGTH), max(self.most, round_up(length, LENGTH)))
+            most = max(self.most, round_up(length, self.multiple))
+            longer = min(round_up(max(length, capacity * 5 // 4), self.multiple), most)
             both = self.both.new_empty(*self.both.shape[:4], longer, self.both.size(5))
             both[:, :, :, :, :capacity], both[:, :, :, :, capacity:] = self.both, 0  # what weighs nothing is a number
             self.hold(both)
@@ -88,7 +104,7 @@ class Held:
 
     def length_for(self, last: int) -> int:
         """How many keys to read where the last is the one in this place; there is room for them afterwards."""
-        length = round_up(last + 1, LENGTH)
+        length = round_up(last + 1, self.multiple)
         self.make_room(length)
         capacity = self.both.size(4)
         # Memory is read faster in one piece than in parts with gaps between them.
@@ -103,7 +119,8 @@ class Held:
     def write(self, layer: int, place: Place, keys: Heads, values: Heads) -> None:
         """Write what a step's tokens give."""
         for part, new in zip(self.layers[layer], (keys, values), strict=True):
-            part.view(-1, part.size(2)).index_copy_(0, place.at, new)
+            # As numbers of eight bytes, of which fewer are copied one by one.
+            part.view(torch.int64).flatten(0, 1).index_copy_(0, place.at, new.view(torch.int64))
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of a layer, each [rows · kv_heads, length, width]."""

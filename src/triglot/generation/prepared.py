@@ -7,7 +7,7 @@ end weigh exactly nothing and are so many that no sum is taken in another order.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from triglot.blocks import Block
 from triglot.decoding.search import Scaled
 from triglot.errors import require
 from triglot.generation.attention import (
+    QUERIES,
     Part,
     PreparedAttention,
     PreparedMemory,
@@ -27,22 +28,31 @@ from triglot.generation.attention import (
     at_most,
     turn_table,
 )
-from triglot.generation.held import WIDTH, Held, Place
+from triglot.generation.held import Held, Place, held_width
 from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
-from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
+from triglot.layers.packed import (
+    LEAST_SIZE,
+    Packed,
+    PackedFloat,
+    PackedInt8,
+    Packer,
+    Precision,
+    multiplies_tiles,
+    pack,
+    quantise_rows,
+)
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
+from triglot.layers.rms_norm import inverse_rms
 from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.models.stack import Stack
 
 Hidden = Float[Tensor, "rows d_model"]
-QUERIES = 4
-"""From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
 VOCABULARY = 128
 """The vocabulary is filled up to a multiple of this, by tokens that never come."""
 
@@ -169,7 +179,8 @@ def norm_of(module: nn.Module) -> Sublayer:
         case nn.LayerNorm():
             return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
         case nn.RMSNorm():
-            return lambda x: F.rms_norm(x, module.normalized_shape, module.weight, module.eps)
+            weight, eps = module.weight.detach(), torch.tensor(module.eps)
+            return lambda x: (x * inverse_rms(x, eps)).mul_(weight)
         case _:
             return lambda x: x
 
@@ -190,6 +201,11 @@ class PreparedBlock:
             self.feed_forward = PreparedFeedForward.of(feed, packer)
         else:
             self.feed_forward = PreparedExperts(feed, packer)
+
+    def of_keys(self) -> list[Packed]:
+        """The products that give keys and values."""
+        memory = [] if self.memory is None else [self.memory.both]
+        return [self.self_attention.inner, *memory]
 
     def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
         """Rows are the next tokens of texts."""
@@ -301,9 +317,14 @@ class Prepared:
 
     @property
     def bytes_held(self) -> int:
-        """Of a position's keys and values."""
+        """Of a position's keys and values, at most."""
         stack = self.decoder.stack
-        return 2 * 4 * len(stack.layers) * stack.num_kv_heads * max(stack.head_dim, WIDTH)
+        return 2 * 4 * len(stack.layers) * stack.num_kv_heads * held_width(stack.head_dim)
+
+    @cached_property
+    def gives_bf16(self) -> bool:
+        """Whether keys and values come in bf16: what turns or norms them is rounded once more if they are held so."""
+        return {product.precision for block in self.decoder.blocks for product in block.of_keys()} == {"bf16"}
 
     def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
         """What follows `hidden`."""
@@ -329,7 +350,8 @@ class Prepared:
         groups = self.decoder.blocks[0].self_attention.heads // stack.num_kv_heads
         queries = QUERIES if beam is None else beam * groups
         sizes = len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries
-        return Held(*sizes, stack.options.window)
+        in_tiles = beam is not None and beam >= QUERIES and self.gives_bf16 and multiplies_tiles()
+        return Held(*sizes, stack.options.window, torch.bfloat16 if in_tiles else torch.float32)
 
     def encode(
         self, sources: Sequence[Sequence[int]], length: int

@@ -15,7 +15,7 @@ from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Chooser, Decoded, Scaled, gather, in_full, stream_in_parts
 from triglot.errors import DeadEndError
 from triglot.generation.attention import Memory, Part
-from triglot.generation.held import LENGTH, WIDTH, Held, Place, keep_rows
+from triglot.generation.held import LENGTH, Held, Place, held_width, keep_rows
 from triglot.generation.prepared import Prepared
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.masks import create_look_ahead_mask
@@ -43,7 +43,7 @@ class Sentences:
     def __init__(self, prepared: Prepared, sources: Sequence[Sequence[int]], beam: int, most: int) -> None:
         self.prepared, self.beam, self.width, self.count = prepared, beam, 1, 0
         self.held = prepared.hold(len(sources), most, beam)
-        self.memory, self.bias = encode(prepared, sources)
+        self.memory, self.bias = encode(prepared, sources, self.held.dtype)
         self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
         """Which places of its row belong to a hypothesis."""
         self.written = torch.zeros(self.held.rows, 0, dtype=torch.long)
@@ -107,15 +107,16 @@ class SentenceSteps:
         self.groups = [group for group in self.groups if len(group)]
 
 
-def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def encode(prepared: Prepared, sources: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values [2, layers, sources, kv_heads, length, width], and the bias that hides what fills sources up.
 
     A source is encoded beside others of its own length, filled up, alone.
     """
     stack = prepared.decoder.stack
     lengths = [max(LENGTH, round_up(len(ids), SOURCE)) for ids in sources]
-    most, width = round_up(max(lengths), LENGTH), max(stack.head_dim, WIDTH)
-    memory = torch.empty(2, len(stack.layers), len(sources), stack.num_kv_heads, most, width)
+    most = round_up(max(lengths), LENGTH)
+    sizes = 2, len(stack.layers), len(sources), stack.num_kv_heads, most, held_width(stack.head_dim)
+    memory = torch.empty(sizes, dtype=dtype)
     bias = torch.full((len(sources), 1, 1, most), FORBIDDEN)
     for length, group in itertools.groupby(range(len(sources)), lengths.__getitem__):
         rows, some = list(group), max(1, ENCODED // length)
@@ -176,7 +177,8 @@ def search_beams(
     """The best texts by request, those of `lengths` in their order.
 
     Where half of the places are free, sentences whose sources take as many keys begin and go on beside those that
-    are there, which otherwise, few as they come to be, would have steps of their own.
+    are there, which otherwise, few as they come to be, would have steps of their own. So a source takes as many keys
+    in any company, which the sums over them in bf16 need.
     """
     waiting, beams, results = list(lengths), Beams({}, how), dict[int, list[Decoded]]()
     while waiting or len(beams):
