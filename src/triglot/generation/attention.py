@@ -72,9 +72,10 @@ def attend(
     bias: Float[Tensor, "#rows #heads #queries length"],
 ) -> Float[Tensor, "rows_and_heads queries width"]:
     """softmax(Q Kᵀ + bias) V, queries scaled already; summed up KEYS by KEYS. Weights are fp32, products as given."""
-    scores = torch.bmm(query, keys.mT).float()
+    scores, in_full = torch.bmm(query, keys.mT), keys.dtype == torch.float32  # of which a step's calls are fewer
+    scores = scores if in_full else scores.float()
     scores.view(-1, len(query) // len(bias) if len(bias) > 1 else bias.size(1), *scores.shape[1:]).add_(bias)
-    weights = scores.softmax(-1).to(values.dtype)
+    weights = scores.softmax(-1) if in_full else scores.softmax(-1).to(values.dtype)
     if keys.size(1) <= KEYS:
         return torch.bmm(weights, values)
     parts = zip(weights.split(KEYS, -1), values.split(KEYS, 1), strict=True)
@@ -84,10 +85,9 @@ def attend(
     return mixed
 
 
-def fill_up(x: Float[Tensor, "*lead narrow"]) -> Float[Tensor, "*lead width"]:
-    """Heads as wide as they are held."""
-    missing = held_width(x.size(-1)) - x.size(-1)
-    return F.pad(x, (0, missing)) if missing else x
+def fill_up(x: Float[Tensor, "*lead narrow"], width: int) -> Float[Tensor, "*lead width"]:
+    """Heads of this width."""
+    return x if x.size(-1) == width else F.pad(x, (0, width - x.size(-1)))
 
 
 def in_order(x: Float[Tensor, "*sizes"], dtype: torch.dtype) -> Float[Tensor, "*sizes"]:
@@ -149,6 +149,7 @@ class PreparedAttention:
 
     def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
         self.heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self.width = held_width(self.head_dim)
         parts, self.norms = [attention.query, attention.key, attention.value], norms_of(attention)
         self.inner = packer.beside(parts, scale=scale_of(attention) if self.norms is None else 1.0)
         self.outer = packer.beside([attention.output])
@@ -169,7 +170,7 @@ class PreparedAttention:
         else:
             both, value = heads.float().split([self.heads + self.kv_heads, self.kv_heads], 1)
             query, key = turned(both, turn).split([self.heads, self.kv_heads], 1)
-        return fill_up(query), fill_up(key), fill_up(value)
+        return fill_up(query, self.width), fill_up(key, self.width), fill_up(value, self.width)
 
     def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
         """Rows are those of the parts, one behind another."""
@@ -189,8 +190,8 @@ class PreparedAttention:
         """What the rows of a part attend to, themselves included."""
         place, held = part.place, part.held
         (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
-        new_ones = (part.to(held.dtype).reshape(-1, part.size(2)) for part in (key, value))
-        held.write(layer, place, *new_ones)
+        key, value = (part.to(held.dtype).reshape(-1, self.width) for part in (key, value))
+        held.write(layer, place, key, value)
         query = in_order(query.view(texts, new, self.kv_heads, groups, -1).transpose(1, 2), held.dtype)
         query = query.view(texts * self.kv_heads, new * groups, -1)
         bias = place.bias if new == 1 or groups == 1 else place.bias.repeat_interleave(groups, 2)
@@ -226,6 +227,7 @@ class PreparedMemory:
 
     def __init__(self, attention: MultiHeadAttention, packer: Packer) -> None:
         self.kv_heads, self.head_dim, self.norms = attention.num_kv_heads, attention.head_dim, norms_of(attention)
+        self.width = held_width(self.head_dim)
         self.both = packer.beside([attention.key, attention.value])
         self.query = packer.beside([attention.query], scale=scale_of(attention) if self.norms is None else 1.0)
         self.outer = packer.beside([attention.output])
@@ -236,7 +238,7 @@ class PreparedMemory:
         if self.norms is not None:
             both = both.float()
             both[:, :, 0] = self.norms[1](both[:, :, 0])
-        return fill_up(both.permute(2, 0, 3, 1, 4))
+        return fill_up(both.permute(2, 0, 3, 1, 4), self.width)
 
     def step(self, x: Hidden, parts: Sequence[Part], layer: int) -> Hidden:
         """Rows are those of the parts, each of them a hypothesis."""
@@ -253,7 +255,7 @@ class PreparedMemory:
         assert memory is not None
         keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
         sentences, hypotheses = memory.keys.size(1), memory.hypotheses
-        query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim)).transpose(1, 2)
+        query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim), self.width).transpose(1, 2)
         query = in_order(query, keys.dtype).view(sentences * self.kv_heads, -1, query.size(-1))
         queries = query.size(1)
         if keys.dtype == torch.bfloat16 and (missing := QUERIES - queries) > 0:

@@ -69,14 +69,11 @@ class Held:
 
     def hold(self, both: Float[Tensor, "2 layers rows kv_heads capacity width"]) -> None:
         """Hold these instead."""
-        self.both = both
+        self.both, self.dtype = both, both.dtype
         self.layers = list(zip(*both.flatten(2, 3).unbind(), strict=True))
         """Keys and values of each layer, [rows · kv_heads, capacity, width]."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What they are held as."""
-        return self.both.dtype
+        self._words = list(zip(*both.view(torch.int64).flatten(2, 4).unbind(), strict=True))
+        """The same, head by head, as numbers of eight bytes, of which fewer are copied one by one."""
 
     @property
     def rows(self) -> int:
@@ -118,9 +115,8 @@ class Held:
 
     def write(self, layer: int, place: Place, keys: Heads, values: Heads) -> None:
         """Write what a step's tokens give."""
-        for part, new in zip(self.layers[layer], (keys, values), strict=True):
-            # As numbers of eight bytes, of which fewer are copied one by one.
-            part.view(torch.int64).flatten(0, 1).index_copy_(0, place.at, new.view(torch.int64))
+        for part, new in zip(self._words[layer], (keys, values), strict=True):
+            part.index_copy_(0, place.at, new.view(torch.int64))
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of a layer, each [rows · kv_heads, length, width]."""
