@@ -17,10 +17,7 @@ from triglot.layers.positions import RotaryPositions
 
 Hidden = Float[Tensor, "rows d_model"]
 QUERIES = 4
-"""From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together.
-
-Fewer are multiplied in fp32 alone: in bf16 their bits depend on other texts.
-"""
+"""From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
 KEYS = 256
 """Keys whose values are summed up at a time: a library sums more in parts that depend on how many there are in all."""
 Turn = tuple[Tensor, Tensor]
@@ -71,11 +68,10 @@ def attend(
     values: Float[Tensor, "rows_and_heads length width"],
     bias: Float[Tensor, "#rows #heads #queries length"],
 ) -> Float[Tensor, "rows_and_heads queries width"]:
-    """softmax(Q Kᵀ + bias) V, queries scaled already; summed up KEYS by KEYS. Weights are fp32, products as given."""
-    scores, in_full = torch.bmm(query, keys.mT), keys.dtype == torch.float32  # of which a step's calls are fewer
-    scores = scores if in_full else scores.float()
+    """softmax(Q Kᵀ + bias) V, queries scaled already; summed up KEYS by KEYS."""
+    scores = torch.bmm(query, keys.mT)
     scores.view(-1, len(query) // len(bias) if len(bias) > 1 else bias.size(1), *scores.shape[1:]).add_(bias)
-    weights = scores.softmax(-1) if in_full else scores.softmax(-1).to(values.dtype)
+    weights = scores.softmax(-1)
     if keys.size(1) <= KEYS:
         return torch.bmm(weights, values)
     parts = zip(weights.split(KEYS, -1), values.split(KEYS, 1), strict=True)
@@ -190,9 +186,9 @@ class PreparedAttention:
         """What the rows of a part attend to, themselves included."""
         place, held = part.place, part.held
         (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
-        key, value = (part.to(held.dtype).reshape(-1, self.width) for part in (key, value))
+        key, value = (part.float().reshape(-1, self.width) for part in (key, value))
         held.write(layer, place, key, value)
-        query = in_order(query.view(texts, new, self.kv_heads, groups, -1).transpose(1, 2), held.dtype)
+        query = in_order(query.view(texts, new, self.kv_heads, groups, -1).transpose(1, 2), torch.float32)
         query = query.view(texts * self.kv_heads, new * groups, -1)
         bias = place.bias if new == 1 or groups == 1 else place.bias.repeat_interleave(groups, 2)
         if (missing := held.queries - new * groups) > 0:
@@ -234,9 +230,8 @@ class PreparedMemory:
 
     def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length width"]:
         """The keys and values of sentences of one length."""
-        both = self.both.narrow(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
+        both = self.both(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
         if self.norms is not None:
-            both = both.float()
             both[:, :, 0] = self.norms[1](both[:, :, 0])
         return fill_up(both.permute(2, 0, 3, 1, 4), self.width)
 
@@ -256,12 +251,8 @@ class PreparedMemory:
         keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
         sentences, hypotheses = memory.keys.size(1), memory.hypotheses
         query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim), self.width).transpose(1, 2)
-        query = in_order(query, keys.dtype).view(sentences * self.kv_heads, -1, query.size(-1))
-        queries = query.size(1)
-        if keys.dtype == torch.bfloat16 and (missing := QUERIES - queries) > 0:
-            query = F.pad(query, (0, 0, 0, missing))
+        query = in_order(query, torch.float32).view(sentences * self.kv_heads, -1, query.size(-1))
         mixed = attend(query, keys, values, memory.bias)
-        if mixed.shape[1:] != (queries, self.head_dim):
-            mixed = mixed[:, :queries, : self.head_dim]
-        mixed = mixed.reshape(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
+        mixed = mixed if mixed.size(2) == self.head_dim else mixed[..., : self.head_dim]
+        mixed = mixed.view(sentences, self.kv_heads, hypotheses, -1, self.head_dim).transpose(1, 2)
         return in_order(mixed, self.outer.dtype).view(sentences * hypotheses, -1)

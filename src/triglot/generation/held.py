@@ -11,9 +11,7 @@ from triglot.layers.vectors import round_up
 
 LENGTH = 16
 """Keys are read in multiples of this."""
-OWN = {torch.float32: LENGTH, torch.bfloat16: 32}
-"""… and of this where their number changes: of others, sums in bf16 are taken by other instructions."""
-WIDTH, GRAIN = 32, 4
+WIDTH, GRAIN = 32, 2
 """Narrower heads are filled up with zeros to this, since products of narrow ones have other bits in other company, and
 wider ones to a multiple of GRAIN, so that they can be copied eight bytes at a time."""
 
@@ -61,15 +59,13 @@ class Held:
         most: int,
         queries: int = 1,
         window: int | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.multiple = OWN[dtype]
-        self.most, self.queries, self.window = round_up(most, self.multiple), queries, window
-        self.hold(torch.zeros(2, layers, rows, kv_heads, self.multiple, held_width(head_dim), dtype=dtype))
+        self.most, self.queries, self.window = round_up(most, LENGTH), queries, window
+        self.hold(torch.zeros(2, layers, rows, kv_heads, LENGTH, held_width(head_dim)))
 
     def hold(self, both: Float[Tensor, "2 layers rows kv_heads capacity width"]) -> None:
         """Hold these instead."""
-        self.both, self.dtype = both, both.dtype
+        self.both = both
         self.layers = list(zip(*both.flatten(2, 3).unbind(), strict=True))
         """Keys and values of each layer, [rows · kv_heads, capacity, width]."""
         self._words = list(zip(*both.view(torch.int64).flatten(2, 4).unbind(), strict=True))
@@ -84,8 +80,8 @@ class Held:
         """Have room for rows of `length`."""
         capacity = self.both.size(4)
         if length > capacity:  # tight, since what is not read still parts what is
-            most = max(self.most, round_up(length, self.multiple))
-            longer = min(round_up(max(length, capacity * 5 // 4), self.multiple), most)
+            most = max(self.most, round_up(length, LENGTH))
+            longer = min(round_up(max(length, capacity * 5 // 4), LENGTH), most)
             both = self.both.new_empty(*self.both.shape[:4], longer, self.both.size(5))
             both[:, :, :, :, :capacity], both[:, :, :, :, capacity:] = self.both, 0  # what weighs nothing is a number
             self.hold(both)
@@ -101,7 +97,7 @@ class Held:
 
     def length_for(self, last: int) -> int:
         """How many keys to read where the last is the one in this place; there is room for them afterwards."""
-        length = round_up(last + 1, self.multiple)
+        length = round_up(last + 1, LENGTH)
         self.make_room(length)
         capacity = self.both.size(4)
         # Memory is read faster in one piece than in parts with gaps between them.

@@ -7,7 +7,7 @@ end weigh exactly nothing and are so many that no sum is taken in another order.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,6 @@ from triglot.layers.packed import (
     PackedInt8,
     Packer,
     Precision,
-    multiplies_tiles,
     pack,
     quantise_rows,
 )
@@ -202,11 +201,6 @@ class PreparedBlock:
         else:
             self.feed_forward = PreparedExperts(feed, packer)
 
-    def of_keys(self) -> list[Packed]:
-        """The products that give keys and values."""
-        memory = [] if self.memory is None else [self.memory.both]
-        return [self.self_attention.inner, *memory]
-
     def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
         """Rows are the next tokens of texts."""
         x = self.around_self_attention(x, lambda h: self.self_attention.step(h, parts, layer, turn))
@@ -317,14 +311,9 @@ class Prepared:
 
     @property
     def bytes_held(self) -> int:
-        """Of a position's keys and values, at most."""
+        """Of a position's keys and values."""
         stack = self.decoder.stack
         return 2 * 4 * len(stack.layers) * stack.num_kv_heads * held_width(stack.head_dim)
-
-    @cached_property
-    def gives_bf16(self) -> bool:
-        """Whether keys and values come in bf16: what turns or norms them is rounded once more if they are held so."""
-        return {product.precision for block in self.decoder.blocks for product in block.of_keys()} == {"bf16"}
 
     def logits(self, hidden: Hidden) -> Float[Tensor, "rows filled_up_vocab"]:
         """What follows `hidden`."""
@@ -350,8 +339,7 @@ class Prepared:
         groups = self.decoder.blocks[0].self_attention.heads // stack.num_kv_heads
         queries = QUERIES if beam is None else beam * groups
         sizes = len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries
-        in_tiles = beam is not None and beam >= QUERIES and self.gives_bf16 and multiplies_tiles()
-        return Held(*sizes, stack.options.window, torch.bfloat16 if in_tiles else torch.float32)
+        return Held(*sizes, stack.options.window)
 
     def encode(
         self, sources: Sequence[Sequence[int]], length: int

@@ -43,7 +43,7 @@ class Sentences:
     def __init__(self, prepared: Prepared, sources: Sequence[Sequence[int]], beam: int, most: int) -> None:
         self.prepared, self.beam, self.width, self.count = prepared, beam, 1, 0
         self.held = prepared.hold(len(sources), most, beam)
-        self.memory, self.bias = encode(prepared, sources, self.held.dtype)
+        self.memory, self.bias = encode(prepared, sources)
         self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
         """Which places of its row belong to a hypothesis."""
         self.written = torch.zeros(self.held.rows, 0, dtype=torch.long)
@@ -107,7 +107,7 @@ class SentenceSteps:
         self.groups = [group for group in self.groups if len(group)]
 
 
-def encode(prepared: Prepared, sources: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Keys and values [2, layers, sources, kv_heads, length, width], and the bias that hides what fills sources up.
 
     A source is encoded beside others of its own length, filled up, alone.
@@ -116,7 +116,7 @@ def encode(prepared: Prepared, sources: Sequence[Sequence[int]], dtype: torch.dt
     lengths = [max(LENGTH, round_up(len(ids), SOURCE)) for ids in sources]
     most = round_up(max(lengths), LENGTH)
     sizes = 2, len(stack.layers), len(sources), stack.num_kv_heads, most, held_width(stack.head_dim)
-    memory = torch.empty(sizes, dtype=dtype)
+    memory = torch.empty(sizes)
     bias = torch.full((len(sources), 1, 1, most), FORBIDDEN)
     for length, group in itertools.groupby(range(len(sources)), lengths.__getitem__):
         rows, some = list(group), max(1, ENCODED // length)
@@ -177,8 +177,7 @@ def search_beams(
     """The best texts by request, those of `lengths` in their order.
 
     Where half of the places are free, sentences whose sources take as many keys begin and go on beside those that
-    are there, which otherwise, few as they come to be, would have steps of their own. So a source takes as many keys
-    in any company, which the sums over them in bf16 need.
+    are there, which otherwise, few as they come to be, would have steps of their own.
     """
     waiting, beams, results = list(lengths), Beams({}, how), dict[int, list[Decoded]]()
     while waiting or len(beams):
