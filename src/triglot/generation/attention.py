@@ -16,8 +16,6 @@ from triglot.layers.packed import Packer
 from triglot.layers.positions import RotaryPositions
 
 Hidden = Float[Tensor, "rows d_model"]
-QUERIES = 4
-"""From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
 KEYS = 256
 """Keys whose values are summed up at a time: a library sums more in parts that depend on how many there are in all."""
 Turn = tuple[Tensor, Tensor]

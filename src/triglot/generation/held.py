@@ -80,8 +80,7 @@ class Held:
         """Have room for rows of `length`."""
         capacity = self.both.size(4)
         if length > capacity:  # tight, since what is not read still parts what is
-            most = max(self.most, round_up(length, LENGTH))
-            longer = min(round_up(max(length, capacity * 5 // 4), LENGTH), most)
+            longer = min(round_up(max(length, capacity * 5 // 4), LENGTH), max(self.most, round_up(length, LENGTH)))
             both = self.both.new_empty(*self.both.shape[:4], longer, self.both.size(5))
             both[:, :, :, :, :capacity], both[:, :, :, :, capacity:] = self.both, 0  # what weighs nothing is a number
             self.hold(both)

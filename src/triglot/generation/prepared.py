@@ -18,7 +18,6 @@ from triglot.blocks import Block
 from triglot.decoding.search import Scaled
 from triglot.errors import require
 from triglot.generation.attention import (
-    QUERIES,
     Part,
     PreparedAttention,
     PreparedMemory,
@@ -34,16 +33,7 @@ from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
 from triglot.layers.norm import Residual
-from triglot.layers.packed import (
-    LEAST_SIZE,
-    Packed,
-    PackedFloat,
-    PackedInt8,
-    Packer,
-    Precision,
-    pack,
-    quantise_rows,
-)
+from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
 from triglot.layers.rms_norm import inverse_rms
 from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
@@ -52,6 +42,8 @@ from triglot.models.encoder_decoder import Transformer
 from triglot.models.stack import Stack
 
 Hidden = Float[Tensor, "rows d_model"]
+QUERIES = 4
+"""From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
 VOCABULARY = 128
 """The vocabulary is filled up to a multiple of this, by tokens that never come."""
 

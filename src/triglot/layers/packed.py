@@ -178,7 +178,11 @@ class PackedInt8(_InFull):
         self.for_one_row = prepack_for_fbgemm(whole, self.scale) if by_fbgemm else whole.T
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
-        y, largest = self.by_one_row(x) if len(x) == 1 else self.by_many(x)
+        if len(x) == 1:
+            y, largest = self.by_one_row(x)
+        else:
+            whole, largest = quantise_rows(x)
+            y = self.product(whole)
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
     def by_one_row(self, x: Rows) -> tuple[Tensor, Tensor]:
@@ -188,11 +192,6 @@ class PackedInt8(_InFull):
             return multiply_by_fbgemm(scaled, self.for_one_row), largest
         whole = scaled.add_(_ROUND).view(torch.int32).to(torch.int8)
         return torch._int_mm(whole, self.for_one_row) * self.scale, largest
-
-    def by_many(self, x: Rows) -> tuple[Tensor, Tensor]:
-        """The same of any number of rows."""
-        whole, largest = quantise_rows(x)
-        return self.product(whole), largest
 
     def product(self, whole: UInt8[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """What is still to be multiplied by each row's largest, without the bias."""
