@@ -18,6 +18,7 @@ from triglot.decoding.sampling import (
     keep_typical_p,
     largest,
     log_sum_exp,
+    to_powers,
 )
 from triglot.errors import ConfigError
 
@@ -51,23 +52,40 @@ def test_log_sum_exp_is_torchs_and_the_same_bits_in_any_company(seed, blocks, ro
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 999), st.integers(1, 5), st.integers(1, 40), st.floats(0.1, 90.0))
-def test_log_sum_exp_of_what_is_to_be_scaled_is_that_of_the_product_in_any_company(seed, blocks, rows, most):
-    draw = torch.Generator().manual_seed(seed)
-    values = 50 * torch.randn(rows, blocks * BLOCK, generator=draw)
-    scale = torch.rand(rows, 1, generator=draw) * most / 50 + 1e-6
-    values[0, 1:] = -math.inf  # one possibility
-    found, product = log_sum_exp(values, None, scale), values.double() * scale.double()
-    torch.testing.assert_close(found.double(), product.logsumexp(1, keepdim=True), rtol=1e-6, atol=3e-6)
-    assert (found >= values.amax(1, keepdim=True) * scale).all()
-    one_by_one = [log_sum_exp(values[row : row + 1], None, scale[row : row + 1]) for row in range(rows)]
-    assert torch.equal(found, torch.cat(one_by_one))
+@given(st.integers(0, 999), st.integers(1, 5), st.integers(1, 40), st.floats(0.1, 60.0), st.floats(-400.0, 400.0))
+def test_exponents_become_powers_that_give_them_back_in_any_company(seed, blocks, rows, spread, middle):
+    exponents = spread * torch.randn(rows, blocks * BLOCK, generator=torch.Generator().manual_seed(seed))
+    exponents[::2] += middle
+    exponents[0, 1:] = -math.inf  # one possibility
+
+    def found(some: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        powers = some.clone()
+        return powers, *to_powers(powers, some.view(len(some), -1, BLOCK).amax(2))
+
+    powers, total, of_powers = found(exponents)
+    log = math.log(2) * exponents.double()
+    torch.testing.assert_close(total.double(), log.logsumexp(1, keepdim=True) / math.log(2), rtol=1e-6, atol=3e-6)
+    assert (total >= exponents.amax(1, keepdim=True)).all()
+    log2_p, far = exponents - total, exponents - exponents.amax(1, keepdim=True) < -80
+    torch.testing.assert_close((powers.log2() - of_powers)[~far], log2_p[~far], rtol=1e-6, atol=1e-4)
+    assert ((powers.log2() - of_powers)[far] < -70).all()
+    one_by_one = zip(*(found(row[None]) for row in exponents), strict=True)
+    assert all(
+        torch.equal(whole, torch.cat(part)) for whole, part in zip((powers, total, of_powers), one_by_one, strict=True)
+    )
+
+
+def test_powers_of_nothing_are_nothing_that_makes_nan():
+    exponents = torch.full((2, 2 * BLOCK), -math.inf)
+    total, of_powers = to_powers(exponents, exponents[:, ::BLOCK].clone())
+    assert total.isfinite().all()
+    assert (exponents.log2() - of_powers).eq(-math.inf).all()
 
 
 def test_log_sum_exp_of_nothing_is_nothing_that_makes_nan():
     values = torch.full((2, 2 * BLOCK), -math.inf)
     assert (values - log_sum_exp(values, values[:, ::BLOCK])).eq(-math.inf).all()
-    assert log_sum_exp(values, None, torch.ones(2, 1)).eq(0).all()
+    assert log_sum_exp(values).eq(0).all()
 
 
 @settings(deadline=None, max_examples=50)

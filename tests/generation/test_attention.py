@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triglot.generation.attention import KEYS, attend
+from triglot.generation.attention import KEYS, attend, products
 from triglot.generation.held import LENGTH
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.vectors import round_up
@@ -38,3 +38,18 @@ def test_hidden_keys_change_no_bit(length, more):
     bias = (torch.arange(keys.size(1)) >= length)[None, None, None] * FORBIDDEN
     alone = attend(query, keys[:, :own], values[:, :own], bias[..., :own])
     assert attend(query, keys, values, bias).equal(alone)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.sampled_from((32, 96, 128, 192, 256)), st.integers(1, 40), st.integers(2, 8))
+def test_a_product_alone_has_the_bits_that_it_has_beside_others(rows, inner, sixteens, pairs):
+    generator = torch.Generator().manual_seed(inner + sixteens)
+    left, right = (torch.randn(pairs, size, inner, generator=generator) for size in (rows, 16 * sixteens))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = products(left, right.mT)
+        alone = [products(left[pair : pair + 1], right[pair : pair + 1].mT) for pair in range(pairs)]
+    finally:
+        torch.set_num_threads(threads)
+    assert together.equal(torch.cat(alone))

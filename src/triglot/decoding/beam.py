@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
-from triglot.decoding.sampling import BLOCK, largest, log_sum_exp
+from triglot.decoding.sampling import BLOCK, PER_LOG, largest, log_sum_exp, to_powers
 from triglot.decoding.search import (
     Decoded,
     Lengths,
@@ -28,6 +28,7 @@ from triglot.decoding.search import (
     refuse_nan,
 )
 from triglot.errors import ConfigError, DeadEndError, require
+from triglot.layers.vectors import in_whole_vectors
 
 Logits = Float[Tensor, "rows vocab"] | Scaled
 """Of some sentences' hypotheses."""
@@ -240,25 +241,38 @@ def _candidates(
 ) -> _Candidates:
     """Those blocks of tokens that have the largest maxima: the `count` best continuations are among them.
 
-    Only what is looked at is multiplied by the scale, if there is one.
+    What is still to be scaled becomes powers of 2 in its place, and only what is looked at becomes log p again.
     """
-    (sentences, width), (rows, vocab) = scores.shape, logits.shape
-    if vocab % BLOCK:
-        logits = F.pad(logits, (0, -vocab % BLOCK), value=-math.inf)
-    num_blocks = logits.size(1) // BLOCK
-    maxima = logits.view(rows, num_blocks, BLOCK).amax(2)
-    if scale is not None:
-        maxima.mul_(scale)
-    normaliser = log_sum_exp(logits, maxima, scale)
-    by_block = (maxima - normaliser).view(sentences, width, num_blocks) + scores[..., None]
+    sentences, width = scores.shape
+    if logits.size(1) % BLOCK:
+        logits = F.pad(logits, (0, -logits.size(1) % BLOCK), value=-math.inf)
+    of_blocks, off = _normalise(logits, scale)
+    num_blocks = of_blocks.size(1)
+    by_block = of_blocks.view(sentences, width, num_blocks) + scores[..., None]
     chosen = largest(by_block.flatten(1), count)[1].sort(1).values  # in order, so that ties stay so
-    starts = torch.arange(0, rows * num_blocks, width * num_blocks, device=chosen.device)
+    starts = torch.arange(0, len(logits) * num_blocks, width * num_blocks, device=chosen.device)
     picked = logits.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten()).view(sentences, -1, BLOCK)
     hypotheses = chosen // num_blocks
     if scale is not None:
-        picked.mul_(scale.view(sentences, width).gather(1, hypotheses)[..., None])
-    picked.sub_(normaliser.view(sentences, width).gather(1, hypotheses)[..., None])
+        in_whole_vectors(picked, Tensor.log2_)
+    picked.sub_(off.view(sentences, width).gather(1, hypotheses)[..., None])
+    if scale is not None:
+        picked.div_(PER_LOG)
     return _Candidates(picked.add_(scores.gather(1, hypotheses)[..., None]), chosen, num_blocks)
+
+
+def _normalise(
+    logits: Float[Tensor, "rows whole_blocks"], scale: Float[Tensor, "rows 1"] | None
+) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
+    """The largest log p of each block, and what logits, or the logarithms of what they become, are above log p."""
+    if scale is not None:
+        logits.mul_(scale * PER_LOG)
+    maxima = logits.view(len(logits), -1, BLOCK).amax(2)
+    if scale is None:
+        normaliser = log_sum_exp(logits, maxima)
+        return maxima.sub_(normaliser), normaliser
+    normaliser, of_powers = to_powers(logits, maxima)
+    return maxima.sub_(normaliser).div_(PER_LOG), of_powers
 
 
 def _best(candidates: Sequence[_Candidates], count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,10 +20,12 @@ from triglot.errors import ConfigError, require
 from triglot.layers.vectors import VECTOR, in_whole_vectors, round_up
 
 BLOCK = 128
+PER_LOG = 1 / math.log(2)
+"""Exponents of 2 for one of e."""
 NOTHING = -1e30
 """Stands for −∞ where that would make NaN."""
-MODERATE = 32.0
-"""A row to be scaled whose largest number is no further from 0 is summed as it is: that costs a last bit, or two."""
+MODERATE = 46.0
+"""Where a row's largest exponent of 2 is no further from 0, powers are made of all as they are."""
 IN_CACHE = 2**17
 """Numbers that are worked on at a time, several times over."""
 ROWS = 16
@@ -75,46 +77,59 @@ def first_largest(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]
 
 
 def log_sum_exp(
-    values: Float[Tensor, "rows columns"],
-    maxima: Float[Tensor, "rows _"] | None = None,
-    scale: Float[Tensor, "rows 1"] | None = None,
+    values: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows _"] | None = None
 ) -> Float[Tensor, "rows 1"]:
     """log Σ exp of each row, given its maximum, or those of its blocks, where known; 0 for a row of −∞.
 
-    With a `scale` above 0 it is that of scale · values, and so are the maxima. It is never below a row's maximum. On
-    processors PyTorch makes powers of 2 four times as fast as powers of e. A row's bits are its own: it is summed by
-    blocks, and never by several threads.
+    It is never below a row's maximum. On processors PyTorch makes powers of 2 four times as fast as powers of e. A
+    row's bits are its own: it is summed by blocks, and never by several threads.
     """
     if values.size(1) % BLOCK:
         values = F.pad(values, (0, -values.size(1) % BLOCK), value=-math.inf)
     if maxima is None:
-        maxima = values if scale is None else values.amax(1, keepdim=True) * scale
-    top, per_log = maxima.amax(1, keepdim=True).clamp_min_(NOTHING), 1 / math.log(2)
-    taken = top if scale is None else torch.where(top.abs() > MODERATE, top, 0.0)
-    far = None if scale is None or not taken.any() else taken * per_log
+        maxima = values
+    top = maxima.amax(1, keepdim=True).clamp_min_(NOTHING)
     rows, columns = values.shape
-    sums = values.new_ones(round_up(rows, VECTOR), 1)
-    some = max(1, IN_CACHE // columns)
+    sums, some = _ones(values), max(1, IN_CACHE // columns)
     powers = values.new_empty(min(rows, some), columns)
-    per_power = None if scale is None else scale * per_log
-    given = [None if part is None else part.split(some) for part in (per_power, far)]
-    parts = values.split(some), top.split(some), sums[:rows].split(some)
-    for place, (part, largest_ones, total) in enumerate(zip(*parts, strict=True)):
+    for part, largest_ones, total in zip(values.split(some), top.split(some), sums[:rows].split(some), strict=True):
         into = powers if part.shape == powers.shape else powers[: len(part)]
-        factor, shift = (of_part and of_part[place] for of_part in given)
-        if factor is None:
-            torch.sub(part, largest_ones, out=into).mul_(per_log)  # so that the largest becomes exactly 1
-        else:
-            torch.mul(part, factor, out=into)
-        if shift is not None:
-            into.sub_(shift)
-        in_whole_vectors(into, Tensor.exp2_)
-        blocks = into.view(-1, columns // BLOCK, BLOCK).sum(2)
-        if values.device.type == "cpu":
-            torch.sum(blocks, 1, keepdim=True, out=total)
-        else:
-            total.copy_(running_sum(blocks)[:, -1:])
-    return torch.maximum(sums.log_()[:rows].add_(taken), top).masked_fill_(top == NOTHING, 0.0)
+        torch.sub(part, largest_ones, out=into).mul_(PER_LOG)  # so that the largest becomes exactly 1
+        _sum(in_whole_vectors(into, Tensor.exp2_), total)
+    return torch.maximum(sums.log_()[:rows].add_(top), top).masked_fill_(top == NOTHING, 0.0)
+
+
+def to_powers(
+    exponents: Float[Tensor, "rows whole_blocks"], maxima: Float[Tensor, "rows blocks"]
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """Turn exponents of 2 into 2^(exponents − off), given the maxima of blocks: the quickest way to normalise them.
+
+    Returns log₂ Σ 2^exponents, which is a number for a row of −∞, too, and the same less `off`: what logarithms of
+    powers are above log₂ p. `off` is the largest exponent where that is far from 0, else 0; what is less than
+    2^(off − 126) becomes nothing.
+    """
+    top, rows = maxima.amax(1, keepdim=True).clamp_min_(NOTHING), len(exponents)
+    near, off = float(top.abs().max()) <= MODERATE, top
+    if not near:
+        off = torch.where(top.abs() > MODERATE, top, 0.0)
+        exponents.sub_(off)
+    sums = _ones(exponents)
+    _sum(in_whole_vectors(exponents, Tensor.exp2_), sums[:rows])
+    of_powers = sums.log2_()[:rows]
+    total = torch.maximum(of_powers if near else of_powers + off, top)
+    return total, total if near else total - off
+
+
+def _ones(rows: Float[Tensor, "rows _"]) -> Float[Tensor, "whole_vectors 1"]:
+    return rows.new_ones(round_up(len(rows), VECTOR), 1)
+
+
+def _sum(powers: Float[Tensor, "rows whole_blocks"], total: Float[Tensor, "rows 1"]) -> None:
+    blocks = powers.view(-1, powers.size(1) // BLOCK, BLOCK).sum(2)
+    if powers.device.type == "cpu":
+        torch.sum(blocks, 1, keepdim=True, out=total)
+    else:
+        total.copy_(running_sum(blocks)[:, -1:])
 
 
 def keep_top_k(logits: Float[Tensor, "rows vocab"], top_k: int) -> Float[Tensor, "rows vocab"]:

@@ -67,16 +67,25 @@ def attend(
     bias: Float[Tensor, "#rows #heads #queries length"],
 ) -> Float[Tensor, "rows_and_heads queries width"]:
     """softmax(Q Kᵀ + bias) V, queries scaled already; summed up KEYS by KEYS."""
-    scores = torch.bmm(query, keys.mT)
+    scores = products(query, keys.mT)
     scores.view(-1, len(query) // len(bias) if len(bias) > 1 else bias.size(1), *scores.shape[1:]).add_(bias)
     weights = scores.softmax(-1)
     if keys.size(1) <= KEYS:
-        return torch.bmm(weights, values)
+        return products(weights, values)
     parts = zip(weights.split(KEYS, -1), values.split(KEYS, 1), strict=True)
-    mixed = torch.bmm(*next(parts))
+    mixed = products(*next(parts))
     for some, of_some in parts:
-        mixed.baddbmm_(some, of_some)
+        mixed += products(some, of_some)
     return mixed
+
+
+def products(
+    left: Float[Tensor, "pairs rows inner"], right: Float[Tensor, "pairs inner columns"]
+) -> Float[Tensor, "pairs rows columns"]:
+    """Matrix by matrix; one alone beside itself, since threads would share it and take its sums in another order."""
+    if len(left) > 1:
+        return torch.bmm(left, right)
+    return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
 
 
 def fill_up(x: Float[Tensor, "*lead narrow"], width: int) -> Float[Tensor, "*lead width"]:

@@ -21,7 +21,7 @@ from triglot.layers.attend import FORBIDDEN
 from triglot.layers.masks import create_look_ahead_mask
 from triglot.layers.vectors import round_up
 
-ROWS = 1024
+ROWS = 1280
 """Hypotheses that are read together at most."""
 HELD_BYTES = 2**29
 """Of keys and values, if all hypotheses that are read together were as long as they may be."""
@@ -29,7 +29,7 @@ SOURCE = 4
 """Sources are encoded in multiples of this, but not below LENGTH."""
 ENCODED = 2048
 """Tokens that are encoded together at most, so that they stay in the cache."""
-TOGETHER = 128
+TOGETHER = 256
 """Rows whose logits are made and used at a time: so many do not leave the cache in between."""
 
 
