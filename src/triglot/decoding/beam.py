@@ -155,7 +155,7 @@ class Beams:
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1"] | None]:
         """What may come of the logits from row `first` on, and what they are still to be multiplied by."""
         if isinstance(logits, Scaled) and not self.how.banned and not self.how.rules:
-            return logits
+            return logits.values, logits.scale
         allowed = masked(in_full(logits), self.how.banned)
         return self._ruled(allowed, first) if self.how.rules else allowed, None
 

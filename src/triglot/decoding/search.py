@@ -59,12 +59,16 @@ class Scored:
         return Scored(self.logits[rows], self.best[rows], self.normaliser[rows])
 
 
-class Scaled(NamedTuple):
+@dataclass(frozen=True)
+class Scaled:
     """Logits of some rows as products of whole numbers give them: still to be multiplied, for whoever wants all."""
 
     values: Float[Tensor, "rows vocab"]
     scale: Float[Tensor, "rows 1"]
     """Above 0."""
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 def in_full(logits: Float[Tensor, "rows vocab"] | Scaled) -> Float[Tensor, "rows vocab"]:
@@ -175,10 +179,17 @@ class Chooser:
 
     @torch.inference_mode()
     def __call__(
-        self, logits: Float[Tensor, "rows vocab"] | Scored, rows: Sequence[int], texts: Texts, generator: Generators
+        self,
+        logits: Float[Tensor, "rows vocab"] | Scored | Scaled,
+        rows: Sequence[int],
+        texts: Texts,
+        generator: Generators,
     ) -> Chosen:
         """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
-        known = None
+        known, greedy = None, self.sampler.temperature == 0
+        if isinstance(logits, Scaled):  # the largest is the largest, scaled or not
+            alone = greedy and not self.scored and not self.banned and not self.rules
+            logits = logits.values if alone else in_full(logits)
         if isinstance(logits, Scored):
             known = None if self.banned or self.rules else logits
             logits = logits.logits
@@ -187,7 +198,6 @@ class Chooser:
             refuse_nan(allowed.amax(1))
             allowed = apply(self.rules, allowed, texts, rows)
             refuse_dead_ends(allowed, rows)
-        greedy = self.sampler.temperature == 0
         ids = known.best if greedy and known else self.sampler(allowed, generator)
         own = allowed.gather(1, ids[:, None])
         if not self.scored and greedy:
@@ -222,7 +232,7 @@ def stream(
     require(top_logprobs >= 0, "top_logprobs", "at least 0", top_logprobs, ConfigError)
     choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
     ahead = isinstance(steps, ScoredSteps) and steps.ahead and not rules  # which have to know the tokens
-    return stream_in_parts(
+    return _stream_in_parts(
         [logits],
         lambda tokens: [steps.step(tokens)],
         steps.select,
@@ -262,10 +272,9 @@ def gather(tokens: Iterable[Token], rows: int, eos_ids: Collection[int]) -> list
     return [text._replace(truncated=not text.ids or text.ids[-1] not in eos_ids) for text in texts]
 
 
-@torch.inference_mode()
 def stream_in_parts(
-    logits: Iterable[Float[Tensor, "some vocab"] | Scored],
-    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"] | Scored]],
+    logits: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled],
+    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"] | Scored | Scaled]],
     select: Callable[[Int[Tensor, " kept"]], None],
     choose: Chooser,
     limits: Sequence[int],
@@ -279,13 +288,15 @@ def stream_in_parts(
 
     With `ahead` a step begins before the tokens that it reads are known here, so that it has read one more of a row
     that turns out to be finished, and what it knows of that row is dropped.
+    Who takes the tokens does so in inference mode: a generator that enters and leaves it for each would wait for that.
     """
     texts: list[list[int]] = [[] for _ in limits]  # kept for rules alone
     live = closed_up([limit > 0 for limit in limits])  # the row that stands at each place of the batch
-    parts: Iterable[Tensor | Scored] = logits
+    parts: Iterable[Tensor | Scored | Scaled] = logits
     if 0 < len(live) < len(limits):
-        parts = [one_part(logits)[live]]
-        select(torch.tensor(live, device=parts[0].device))
+        some = one_part(logits)[live]
+        parts = [some]
+        select(torch.tensor(live, device=some.device))
     made = 0
     while live:
         chosen, rest = list[Chosen](), live
@@ -315,9 +326,12 @@ def stream_in_parts(
             parts = step(fed) if begun is None else begun
 
 
-def one_part(parts: Iterable[Float[Tensor, "some vocab"] | Scored]) -> Float[Tensor, "rows vocab"] | Scored:
-    """All rows as one part; there is but one that is scored."""
-    first, *others = parts
+_stream_in_parts = torch.inference_mode()(stream_in_parts)
+
+
+def one_part(parts: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled]) -> Float[Tensor, "rows vocab"] | Scored:
+    """All rows as one part, none of them to be scaled any more; there is but one that is scored."""
+    first, *others = (in_full(part) if isinstance(part, Scaled) else part for part in parts)
     return first if isinstance(first, Scored) else torch.cat([first, *others])  # type: ignore[list-item]  # nor are these
 
 

@@ -28,7 +28,11 @@ def keep_rows(x: Tensor, dim: int, rows: Int[Tensor, " kept"]) -> Tensor:
     if len(rows) > x.size(dim):
         return x.index_select(dim, rows)
     moved = (rows != torch.arange(len(rows))).nonzero()[:, 0]
-    if len(moved):
+    sources, goals = rows[moved].tolist(), moved.tolist()
+    if set(goals).isdisjoint(sources):  # each goes where no other comes from, without a copy in between
+        for source, goal in zip(sources, goals, strict=True):
+            x.select(dim, goal).copy_(x.select(dim, source))
+    else:
         x.index_copy_(dim, moved, x.index_select(dim, rows[moved]))
     return x.narrow(dim, 0, len(rows))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triglot.decoding.beam import Beams, BeamSearch
 from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Chooser, Decoded, Scaled, gather, in_full, stream_in_parts
+from triglot.decoding.search import Chooser, Decoded, Scaled, gather, stream_in_parts
 from triglot.errors import DeadEndError
 from triglot.generation.attention import Memory, Part
 from triglot.generation.held import LENGTH, Held, Place, held_width, keep_rows
@@ -197,6 +197,7 @@ def search_beams(
     return results
 
 
+@torch.inference_mode()
 def greedy(
     steps: SentenceSteps,
     first: Iterable[Tensor | Scaled],
@@ -207,11 +208,7 @@ def greedy(
     """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
     rules = [Within(rule, requests) for rule in how.rules]
     choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules, scored=how.scored)
-
-    def step(tokens: Tensor) -> Iterator[Tensor]:
-        return map(in_full, steps.step(tokens))
-
-    tokens = stream_in_parts(map(in_full, first), step, steps.select, choose, limits, how.eos_ids)
+    tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_ids)
     try:
         return [[text] for text in gather(tokens, len(limits), how.eos_ids)]
     except DeadEndError as error:
