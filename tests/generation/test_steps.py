@@ -245,3 +245,14 @@ def test_a_continuation_is_the_same_bits_in_any_company(asked, draw, name, preci
 def test_kept_rows_are_those_that_indexing_takes(rows):
     x = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
     assert torch.equal(keep_rows(x.clone(), 1, torch.tensor(rows)), x[:, rows])
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="whole numbers are scaled at once on this processor")
+@pytest.mark.parametrize("scored", [True, False])
+def test_greedy_search_over_logits_that_are_still_to_be_scaled_finds_what_one_over_all_of_them_does(scored):
+    sources, how = texts(6, 12), BeamSearch(beam=1, eos_ids=[EOS], patience=1.0, scored=scored)
+    scaled, full = (
+        search(with_many_words("int8", has_bias=has_bias), sources, [20] * 12, how, BOS) for has_bias in (False, True)
+    )
+    assert [text.ids for [text] in scaled] == [text.ids for [text] in full]
+    assert all(len(text.ids) == 20 or text.ids[-1] == EOS for [text] in scaled)

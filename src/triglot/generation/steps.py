@@ -30,7 +30,7 @@ SOURCE = 4
 ENCODED = 2048
 """Tokens that are encoded together at most, so that they stay in the cache."""
 TOGETHER = 256
-"""Rows whose logits are made and used at a time: so many do not leave the cache in between."""
+"""Rows whose logits are made and used at a time: for fewer weights are read more often, more leave every cache."""
 
 
 class Sentences:
