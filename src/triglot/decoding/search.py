@@ -187,7 +187,7 @@ class Chooser:
     ) -> Chosen:
         """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
         known, greedy = None, self.sampler.temperature == 0
-        if isinstance(logits, Scaled):  # the largest is the largest, scaled or not
+        if isinstance(logits, Scaled):  # what is largest stays so, but for what scaling would round to one
             alone = greedy and not self.scored and not self.banned and not self.rules
             logits = logits.values if alone else in_full(logits)
         if isinstance(logits, Scored):
@@ -232,7 +232,7 @@ def stream(
     require(top_logprobs >= 0, "top_logprobs", "at least 0", top_logprobs, ConfigError)
     choose = Chooser(sampler=sampler, banned=banned, rules=rules, top_logprobs=top_logprobs)
     ahead = isinstance(steps, ScoredSteps) and steps.ahead and not rules  # which have to know the tokens
-    return _stream_in_parts(
+    return _in_inference_mode(
         [logits],
         lambda tokens: [steps.step(tokens)],
         steps.select,
@@ -326,7 +326,8 @@ def stream_in_parts(
             parts = step(fed) if begun is None else begun
 
 
-_stream_in_parts = torch.inference_mode()(stream_in_parts)
+_in_inference_mode = torch.inference_mode()(stream_in_parts)
+"""For whoever takes the tokens outside of it."""
 
 
 def one_part(parts: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled]) -> Float[Tensor, "rows vocab"] | Scored:

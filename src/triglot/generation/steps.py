@@ -197,7 +197,6 @@ def search_beams(
     return results
 
 
-@torch.inference_mode()
 def greedy(
     steps: SentenceSteps,
     first: Iterable[Tensor | Scaled],
