@@ -19,6 +19,17 @@ from tests.foreign import family, marian
 
 __all__ = ["family", "marian"]
 
+WARNS_OF_ITSELF = [
+    pytest.mark.filterwarnings(f"ignore:{what}")
+    for what in (
+        "The .grad attribute of a Tensor that is not a leaf:UserWarning",
+        ".*torch.jit:DeprecationWarning",
+        ".torch._prims_common.check. is deprecated:FutureWarning",
+        "TensorFloat32:UserWarning",  # fp32 is to be fp32
+    )
+]
+"""Marks of tests in which torch's compiler runs, which warns of what it does itself."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},
     "pre": {"norm_order": "pre"},

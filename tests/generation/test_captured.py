@@ -144,7 +144,7 @@ def test_a_room_is_used_again_once_its_texts_are_gone_and_few_are_kept():
     start_captured(own, PROMPTS, [64] * 4)
     assert own.rooms == [second, first]
     for capacity in (128, 256, 512, 1024, 2048):
-        own.room(SLOTS, capacity, Nobody())
+        own.room(SLOTS, SLOTS, capacity, Nobody())
     start_captured(own, PROMPTS, [64] * 4)
     assert first in own.rooms  # the last that was used
     assert second in own.rooms  # somebody is in it
@@ -155,7 +155,7 @@ def test_a_room_is_used_again_once_its_texts_are_gone_and_few_are_kept():
 def test_rooms_that_nobody_is_in_make_way_where_memory_ends(monkeypatch):
     own = Captured(make_model())
     here = Nobody()
-    kept, idle = own.room(SLOTS, 64, here), weakref.ref(own.room(SLOTS, 64, Nobody()))
+    kept, idle = own.room(SLOTS, SLOTS, 64, here), weakref.ref(own.room(SLOTS, SLOTS, 64, Nobody()))
     make, begun = own._made, list[weakref.ref]()
     kept.launch = idle().launch = None  # which refer to their rooms where nothing is captured
 
@@ -169,7 +169,7 @@ def test_rooms_that_nobody_is_in_make_way_where_memory_ends(monkeypatch):
         return room
 
     monkeypatch.setattr(own, "_made", scarce)
-    made = own.room(SLOTS, 128, here)
+    made = own.room(SLOTS, SLOTS, 128, here)
     assert own.rooms == [kept, made]
     assert [one() for one in begun] == [None, made]
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree
 
+from tests.conftest import WARNS_OF_ITSELF
 from triglot.config import BlockOptions, ExpertOptions
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Scored, generate
@@ -30,7 +31,7 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.05}
 
 pytestmark = [
     pytest.mark.usefixtures("without_shape_checks"),  # which the compiler cannot trace
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # PyTorch's, of itself
+    *WARNS_OF_ITSELF,
 ]
 
 

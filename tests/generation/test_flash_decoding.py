@@ -71,3 +71,14 @@ def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_room(dtype):
         alone = [part[row, None] for part in parts]
         room = held[:, row, None, :, : end + 1].contiguous()
         assert attend_to_held(*alone, *room, ends[row, None], 0.3).equal(together[row, None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capacity", [SPLIT, SPLIT + 1])
+def test_rows_of_which_nothing_is_held_get_zeros_and_change_no_others(dtype, capacity):
+    parts, held, ends = drawn([5, capacity - 1, 7, 0], 2, 3, capacity, 24, dtype)
+    texts = held[:, :2].contiguous()
+    expected = attend_to_held(*(part[:2] for part in parts), *texts.clone(), ends[:2], 0.3)
+    found = attend_to_held(*parts, *texts, ends, 0.3)
+    assert found[:2].equal(expected)
+    assert found[2:].eq(0).all()

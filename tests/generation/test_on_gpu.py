@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import WARNS_OF_ITSELF
 from triglot.decoding.rules import RepetitionPenalty, Within
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
@@ -18,7 +19,7 @@ from triglot.models.decoder_only import DecoderLLM
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
     pytest.mark.usefixtures("without_shape_checks"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # PyTorch's, of itself
+    *WARNS_OF_ITSELF,
 ]
 
 

@@ -6,17 +6,13 @@ import sys
 import pytest
 import torch
 
+from tests.conftest import WARNS_OF_ITSELF
 from triglot.config import BlockOptions, ExpertOptions
 from triglot.layers.masks import create_masks
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
-pytestmark = [
-    # What torch's own compiler warns of as it runs.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),
-]
+pytestmark = WARNS_OF_ITSELF
 MODEL = {"atol": 1e-5, "rtol": 0}
 
 

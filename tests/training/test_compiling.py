@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.conftest import WARNS_OF_ITSELF
 from triglot.config import BlockOptions, ExpertOptions, ModelConfig
 from triglot.data.batch import LanguageBatch, PairBatch
 from triglot.models.factory import build_model
@@ -12,10 +13,7 @@ from triglot.objective import Objective
 from triglot.training.compiling import compile_blocks
 
 VOCAB, LENGTH = 13, 7
-pytestmark = [
-    pytest.mark.usefixtures("compiler"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at every tensor's
-]
+pytestmark = [pytest.mark.usefixtures("compiler"), *WARNS_OF_ITSELF]
 
 
 def make(kind, **options):

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
+from tests.conftest import WARNS_OF_ITSELF
 from triglot.training.session import train
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
     pytest.mark.usefixtures("without_shape_checks"),
+    *WARNS_OF_ITSELF,
 ]
 
 

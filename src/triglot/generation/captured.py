@@ -4,10 +4,10 @@ A step of a language model is hundreds of small operations, and launching one fr
 them do. A CUDA graph records them once, with the memory that they read and write, and replays them by one call. So
 texts stand in places of memory that stays: `Room` is so many of them, of one capacity.
 
-By default a step reads SLOTS places whether there are texts in all of them or in one, and prompts are read one by one:
-products then have one shape, and a text's bits do not depend on its company, since our kernel for attention reads a
-text in parts that its room has no influence on (without it, a text's capacity follows from the text alone). With
-`compiled` there are as many places as texts, rounded up, and prompts are read together: faster, and not the same bits.
+By default a step reads SLOTS places whether there are texts in all of them or in one (and `captured_prompts.py` so many
+prompts): products then have one shape, and a text's bits do not depend on its company, since our kernel for attention
+reads a text in parts that its room has no influence on (without it, a text's capacity follows from the text alone).
+With `compiled` there are as many places as texts, rounded up: faster, and not the same bits.
 """
 
 import weakref
@@ -16,16 +16,19 @@ from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from triglot.decoding.search import Scored
+from triglot.generation.captured_prompts import PromptReader, Read
+from triglot.generation.cuda_graph import captured
 from triglot.generation.token_reader import TokenReader
 from triglot.models.decoder_only import DecoderLLM
 
-SLOTS = 16
-"""Places of a step in any company: as many rows as a tensor core multiplies at a time."""
+SLOTS = 32
+"""Places of a step in any company: half as many would cost many texts nearly as much again."""
+HELD = 1, 8, SLOTS
+"""Of these places, the first so many have memory: the least of these numbers that the texts need."""
 COMPILED_SLOTS = 1, 8, 64
 """Places of a compiled step: the least of these that is enough. Each takes some seconds to compile."""
 CAPACITY, GROWTH = 256, 4
@@ -34,20 +37,15 @@ RECOMPILED = 64
 """Sizes of rooms, at most, whose step is compiled."""
 KEPT = 4
 """Rooms that nobody is in and that are kept once the next texts have theirs."""
-WARM_UP = 3
-"""Steps before one is captured, in which libraries make ready what they need."""
-
-Read = Float[Tensor, "2 layers kv_heads length head_dim"]
-"""Keys and values of a text, or of what was read of it."""
 
 
 class Room:
-    """Places for `rows` texts of at most `capacity` tokens, and the step that reads a token of each."""
+    """`rows` places, `held` of them for texts of at most `capacity` tokens, and the step that reads a token of each."""
 
-    def __init__(self, reader: TokenReader, rows: int, capacity: int) -> None:
+    def __init__(self, reader: TokenReader, rows: int, held: int, capacity: int) -> None:
         model = reader.model
-        like, size = model.lm_head.weight, (len(model.layers), rows, model.num_kv_heads, capacity, model.head_dim)
-        self.reader, self.rows, self.capacity = reader, rows, capacity
+        like, size = model.lm_head.weight, (len(model.layers), held, model.num_kv_heads, capacity, model.head_dim)
+        self.reader, self.size, self.capacity = reader, (rows, held, capacity), capacity
         self.last = capacity - 1
         self.tokens, self.ends = (torch.zeros(rows, dtype=torch.long, device=like.device) for _ in range(2))
         # Two pieces of memory: of parts of one piece the compiler would not know that they have nothing in common.
@@ -55,7 +53,7 @@ class Room:
         self.taken_by: Callable[[], object] = lambda: None
         """Whoever is in this room; None once they are gone."""
         self.scored: Scored | None = None
-        self.launch = captured(self._read, like.device) if like.is_cuda else self._read
+        self.launch = captured(self._read, like.device)
 
     @property
     def is_idle(self) -> bool:
@@ -83,26 +81,6 @@ class Room:
         return torch.stack([held[:, place, :, : int(self.ends[place])] for held in self.held])
 
 
-def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The work as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(beside)
-        with torch.cuda.graph(graph, stream=beside):
-            work()
-
-    def replay() -> None:
-        with torch.cuda.device(device):
-            graph.replay()
-
-    return replay
-
-
 class Captured:
     """A model ready to go on from texts by captured steps, of which it keeps the rooms."""
 
@@ -110,6 +88,7 @@ class Captured:
         self.model, self.compiled = model, compiled
         with torch.inference_mode(mode=False), torch.no_grad():  # or its weights could be trained no more
             self.reader = TokenReader(model, banned, compiled=compiled)
+        self.read = PromptReader(model, COMPILED_SLOTS if compiled else None)
         self.rooms: list[Room] = []
 
     def slots(self, texts: int) -> int:
@@ -125,18 +104,25 @@ class Captured:
             capacity = capacity * GROWTH if self.compiled else capacity + CAPACITY
         return min(capacity, self.model.max_seq_length)
 
-    def room(self, rows: int, capacity: int, of: object) -> Room:
+    def held(self, texts: int) -> int:
+        """Places of such a room that have memory: all unless attention by our kernel leaves the others out."""
+        if self.compiled or not self.reader.has_kernel:
+            return self.slots(texts)
+        return next(held for held in HELD if held >= texts)
+
+    def room(self, rows: int, held: int, capacity: int, of: object) -> Room:
         """One of this size that is free as long as `of` is there; the last one made or used stands last."""
-        size = rows, capacity
-        fits = next((room for room in self.rooms if (room.rows, room.capacity) == size and room.is_idle), None)
+        size = rows, held, capacity
+        fits = next((room for room in self.rooms if room.size == size and room.is_idle), None)
         if fits is not None:
             self.rooms.remove(fits)
         else:
             with suppress(torch.OutOfMemoryError):
-                fits = self._made(rows, capacity)
+                fits = self._made(*size)
         if fits is None:  # when nothing refers any more to what was begun
             self.leave(kept=0)
-            fits = self._made(rows, capacity)
+            self.read.passes.clear()
+            fits = self._made(*size)
         fits.ends.zero_()
         fits.taken_by = weakref.ref(of)
         self.rooms.append(fits)
@@ -148,27 +134,13 @@ class Captured:
         for number in reversed(idle[: max(0, len(idle) - kept)]):
             del self.rooms[number]
 
-    def _made(self, rows: int, capacity: int) -> Room:
+    def _made(self, rows: int, held: int, capacity: int) -> Room:
         with torch.inference_mode(mode=False), torch.no_grad(), ExitStack() as also:
             if self.compiled:
                 from torch._dynamo import config  # which takes a second to import
 
                 also.enter_context(config.patch(recompile_limit=RECOMPILED))
-            return Room(self.reader, rows, capacity)
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> list[Read]:
-        """Keys and values of prompts; each is read by itself unless bits may depend on its company."""
-        ids = [torch.tensor(list(one), dtype=torch.long) for one in prompts]
-        batches = [ids] if self.compiled else [[one] for one in ids]
-        device, found = self.model.lm_head.weight.device, list[Read]()
-        for batch in batches:
-            rows = pad_sequence(batch, batch_first=True).to(device)
-            cache = self.model.start_cache(*rows.shape)
-            if rows.size(1):
-                self.model.run(rows, cache=cache)
-            both = torch.stack([cache.keys, cache.values])
-            found += [both[:, :, row, :, : len(one)] for row, one in enumerate(batch)]
-        return found
+            return Room(self.reader, rows, held, capacity)
 
 
 class Part(NamedTuple):
@@ -198,7 +170,8 @@ class CapturedTexts:
             rows = self.captured.slots(len(numbers))
             for place, number in enumerate(numbers):
                 if place % rows == 0:
-                    room = self.captured.room(rows, capacity, self)
+                    held = self.captured.held(min(rows, len(numbers) - place))
+                    room = self.captured.room(rows, held, capacity, self)
                 room.put(place % rows, texts[number])
                 arranged[number] = room, place % rows
         return [arranged[number] for number in range(len(texts))]

@@ -24,7 +24,7 @@ NOTHING = tl.constexpr(-1e30)
 """The score of what is hidden."""
 
 Heads = Float[Tensor, "rows some head_dim"]
-Held = Float[Tensor, "rows kv_heads capacity head_dim"]
+Held = Float[Tensor, "texts kv_heads capacity head_dim"]
 
 
 def attend_to_held(
@@ -40,8 +40,10 @@ def attend_to_held(
     """softmax(q Kᵀ · scale) V over what stands before each row's end and its own key and value, which join it there.
 
     The last two axes of the first three are contiguous; with a `window` the last so many keys are all that counts.
+    Rows behind those of which something is held get zeros.
     """
-    rows, kv_heads, capacity, head_dim = keys.shape
+    texts, kv_heads, capacity, head_dim = keys.shape
+    rows = len(query)
     groups, parts = query.size(1) // kv_heads, triton.cdiv(capacity, SPLIT)
     padded = max(LEAST_ROWS, triton.next_power_of_2(groups))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -55,6 +57,7 @@ def attend_to_held(
         ends,
         output,
         partial,
+        texts,
         EVERYTHING if window is None else window,
         query.stride(0),
         key.stride(0),
@@ -73,7 +76,7 @@ def attend_to_held(
         num_stages=3 if head_dim * query.element_size() <= 256 else 2,  # as much as shared memory holds
     )
     if parts > 1:
-        _join_parts[(rows, query.size(1))](
+        _join_parts[(texts, query.size(1))](
             partial,
             ends,
             output,
@@ -98,6 +101,7 @@ def _read_parts(
     ends,
     output,
     partial,
+    texts,
     window,
     query_row,
     key_row,
@@ -114,13 +118,18 @@ def _read_parts(
     SPLIT: tl.constexpr,
 ):
     row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    which, d, n = tl.arange(0, ROWS), tl.arange(0, FILLED), tl.arange(0, BLOCK)
+    of_query = head * GROUP + which
+    of_output = row * HEADS * GROUP + of_query
+    real = (which < GROUP)[:, None] & (d < WIDTH)[None, :]
+    if row >= texts:
+        nothing = tl.zeros([ROWS, FILLED], output.dtype.element_ty)
+        tl.store(output + of_output[:, None] * WIDTH + d[None, :], nothing, mask=real)
+        return
     end = tl.load(ends + row)
     first = part * SPLIT
     if first > end:
         return
-    which, d, n = tl.arange(0, ROWS), tl.arange(0, FILLED), tl.arange(0, BLOCK)
-    of_query = head * GROUP + which
-    real = (which < GROUP)[:, None] & (d < WIDTH)[None, :]
     q = tl.load(query + row * query_row + of_query[:, None] * WIDTH + d[None, :], mask=real, other=0.0)
     held = (row * HEADS + head) * capacity * WIDTH
 
@@ -153,7 +162,6 @@ def _read_parts(
         mixed = mixed * before[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         largest = larger
 
-    of_output = row * HEADS * GROUP + of_query
     if PARTS == 1:
         tl.store(output + of_output[:, None] * WIDTH + d[None, :], mixed / total[:, None], mask=real)
     else:

@@ -28,8 +28,8 @@ from triglot.models.decoder_only import DecoderLLM
 Rows = Float[Tensor, "rows 1 width"]
 Heads = Float[Tensor, "rows some head_dim"]
 Ends = Int[Tensor, " rows"]
-Held = Float[Tensor, "rows kv_heads capacity head_dim"]
-HeldByLayer = Float[Tensor, "layers rows kv_heads capacity head_dim"]
+Held = Float[Tensor, "texts kv_heads capacity head_dim"]
+HeldByLayer = Float[Tensor, "layers texts kv_heads capacity head_dim"]
 
 HAS_TRITON = find_spec("triton") is not None
 OPTIONS = {"coordinate_descent_tuning": True}
@@ -120,7 +120,10 @@ class TokenReader:
         self._end: Callable[[Rows], tuple[Tensor, ...]] = self.end if compiler is None else compiler(self.end)
 
     def __call__(self, tokens: Int[Tensor, " rows"], ends: Ends, keys: HeldByLayer, values: HeldByLayer) -> Scored:
-        """Read a token of each text, at its end; keys and values join those held there."""
+        """Read a token of each text, at its end; keys and values join those held there.
+
+        With our kernel there may be rows behind those of the texts, which attend to nothing.
+        """
         model = self.model
         x, rotation = model.embedding(tokens[:, None], ends[:, None])
         rotation = None if rotation is None else signed(rotation)
