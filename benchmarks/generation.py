@@ -138,7 +138,7 @@ def translation_settings(options: argparse.Namespace, beam: int) -> dict[str, di
     run, sources = options.run, partial(sources_of, options.run, options.data, 100 if options.quick else None)
     ours = {
         f"{precision}, {workers} × {2 // workers}": partial(_ours, run, sources, beam, precision, workers)
-        for precision in ("fp32", "int8")
+        for precision in ("fp32", "bf16", "int8")
         for workers in (1, 2)
     }
     theirs = {

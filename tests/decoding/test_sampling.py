@@ -18,9 +18,11 @@ from triglot.decoding.sampling import (
     keep_typical_p,
     largest,
     log_sum_exp,
+    settle_powers,
     to_powers,
 )
 from triglot.errors import ConfigError
+from triglot.generation.prepared import SHIFT
 
 # Few distinct values, so that ties are common; minus infinity, as of banned ids.
 VALUES = st.sampled_from([-math.inf, -3.0, -1.25, 0.0, 0.5, 2.0, 2.5])
@@ -80,6 +82,35 @@ def test_powers_of_nothing_are_nothing_that_makes_nan():
     total, of_powers = to_powers(exponents, exponents[:, ::BLOCK].clone())
     assert total.isfinite().all()
     assert (exponents.log2() - of_powers).eq(-math.inf).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 999), st.integers(1, 5), st.integers(1, 40), st.floats(0.0, 12.0), st.floats(-120.0, 60.0))
+def test_settled_powers_give_log_p_and_the_same_bits_in_any_company(seed, blocks, rows, scale, shift):
+    draw = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, blocks * BLOCK, generator=draw) + shift * torch.rand(rows, 1, generator=draw)
+    logits[0, :-1] = -math.inf
+
+    def found(some: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        powers = (some - SHIFT).sigmoid().bfloat16()
+        return powers, *settle_powers(powers, lambda chosen: some[chosen])
+
+    powers, of_blocks, total = found(logits)
+    log_p, near = logits.log_softmax(1), logits > logits.amax(1, keepdim=True) - 20
+    torch.testing.assert_close((powers.float().log() - total)[near], log_p[near], rtol=0, atol=0.02)
+    assert (powers.float().log() - total)[~near].le(-19).all()
+    torch.testing.assert_close(of_blocks, powers.float().view(rows, -1, BLOCK).amax(2).log())
+    assert (of_blocks <= total).all()
+    one_by_one = zip(*(found(row[None]) for row in logits), strict=True)
+    assert all(whole.equal(torch.cat(part)) for whole, part in zip((powers, of_blocks, total), one_by_one, strict=True))
+
+
+def test_powers_that_are_no_numbers_stay_none():
+    powers = torch.full((2, 2 * BLOCK), math.exp(-30), dtype=torch.bfloat16)
+    powers[1, 7] = math.nan
+    of_blocks, total = settle_powers(powers, lambda chosen: pytest.fail("these are as they should be"))
+    assert total.isnan().flatten().tolist() == [False, True]
+    assert of_blocks[0].isfinite().all()
 
 
 def test_log_sum_exp_of_nothing_is_nothing_that_makes_nan():

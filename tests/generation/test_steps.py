@@ -3,21 +3,23 @@
 import itertools
 import random
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from triglot.config import BlockOptions
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Scaled, generate, in_full
 from triglot.generation.held import keep_rows
-from triglot.generation.prepared import Prepared
+from triglot.generation.prepared import SHIFT, Prepared, filled_up_projection
 from triglot.generation.steps import Sentences, SentenceSteps, search, start_texts
+from triglot.layers.linear import has_onednn
 from triglot.layers.masks import create_padding_mask
-from triglot.layers.packed import multiplies_int8
+from triglot.layers.packed import multiplies_int8, pack
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
@@ -149,6 +151,68 @@ def test_a_search_over_logits_that_are_still_to_be_scaled_finds_what_one_over_al
         assert max(ours.log_probs) <= 0
 
 
+# Powers in the place of logits
+
+
+def with_powers(scale: float = 1.0) -> Transformer:
+    """Its projection has no bias, which powers would round."""
+    torch.manual_seed(0)
+    model = Transformer(VOCAB, 5000, 32, 2, 4, 40, LONGEST, 0.0, options=BlockOptions(output_bias=False)).eval()
+    with torch.no_grad():
+        model.projection.weight.mul_(scale)
+    return model
+
+
+SCALES = 15.0, 200.0
+
+
+def prepared_for_powers(scale: float) -> Prepared:
+    return Prepared(with_powers(scale), "bf16", (PAD, BOS))
+
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="PyTorch was built without oneDNN")
+
+
+@needs_onednn
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_powers_in_parts_are_those_of_the_logits(rows):
+    prepared = Prepared(model := with_powers(), "bf16", (PAD, BOS))
+    hidden = torch.randn(37, 32, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    parts = list(prepared.powers_in_parts(hidden, rows))
+    assert [len(part) for part in parts] == [min(rows, 37 - first) for first in range(0, 37, rows)]
+    powers, real = torch.cat([part.values for part in parts]).float(), slice(BOS + 1, 5000)
+    exact = hidden @ model.projection.weight.bfloat16().float().T  # which `logits` rounds
+    torch.testing.assert_close(powers[:, real].log() + SHIFT, exact[:, real], rtol=0, atol=4.1e-3)
+    assert powers[:, prepared.never].eq(0).all()
+    some = torch.tensor([0, len(parts[-1]) - 1])
+    assert parts[-1].logits(some).equal(prepared.logits(hidden)[-len(parts[-1]) :][some])
+
+
+@needs_onednn
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_search_over_powers_finds_what_one_over_logits_in_fp32_does(scale):
+    """Also where the powers of many rows are nothing that σ can give."""
+    model, sources = with_powers(scale), texts(5, 12)
+    how = BeamSearch(beam=4, eos_ids=[EOS], nbest=4)
+    over_powers, over_logits = (Prepared(model, "bf16") for _ in range(2))
+    over_logits.powers, over_logits.head = None, pack(*filled_up_projection(model.projection, []), "fp32")
+    found, expected = (search(one, sources, [20] * 12, how, BOS) for one in (over_powers, over_logits))
+    alike = 0
+    for ours, others in zip(found, expected, strict=True):
+        known = {tuple(one.ids): one.log_probs for one in others}
+        for one in ours:
+            assert max(one.log_probs) <= 0
+            alike += tuple(one.ids) in known
+            assert one.log_probs == pytest.approx(known.get(tuple(one.ids), one.log_probs), abs=0.02 * scale)
+    assert alike > 36, alike  # of 48
+
+
+def test_what_has_a_bias_or_other_numbers_gives_no_powers():
+    assert Prepared(Transformer(VOCAB, 500, 32, 2, 4, 40, LONGEST, 0.0), "bf16").powers is None
+    assert Prepared(with_powers(), "fp32").powers is None
+
+
 # In any company
 
 CONFIGS = {
@@ -214,10 +278,17 @@ def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precis
     assert mixed == [alone[row] for row in order]
 
 
-@settings(deadline=None, max_examples=10)
-@given(requests, st.randoms(use_true_random=False), st.sampled_from([2, 5]), st.integers(1, 9))
-def test_a_translation_of_many_words_in_whole_numbers_is_the_same_bits_in_any_company(asked, draw, beam, places):
-    prepared, how = with_many_words("int8"), BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam, patience=1.0)
+@settings(deadline=None, max_examples=20)
+@given(
+    requests,
+    st.randoms(use_true_random=False),
+    st.sampled_from([partial(with_many_words, "int8"), *(partial(prepared_for_powers, scale) for scale in SCALES)]),
+    st.sampled_from([2, 5]),
+    st.integers(1, 9),
+)
+def test_a_translation_of_many_words_is_the_same_bits_in_any_company(asked, draw, make, beam, places):
+    """In whole numbers, and by powers."""
+    prepared, how = make(), BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam, patience=1.0)
     sources, limits = [texts(seed, 1)[0] for seed, _ in asked], [limit for _, limit in asked]
     asked_alone = zip(sources, limits, strict=True)
     alone = [search(prepared, [ids], [limit], how, BOS)[0] for ids, limit in asked_alone]

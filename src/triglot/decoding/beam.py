@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, apply
-from triglot.decoding.sampling import BLOCK, PER_LOG, largest, log_sum_exp, to_powers
+from triglot.decoding.sampling import BLOCK, PER_LOG, largest, log_sum_exp, settle_powers, to_powers
 from triglot.decoding.search import (
     Decoded,
     Lengths,
+    Powers,
     Scaled,
     Steps,
     closed_up,
@@ -30,7 +31,7 @@ from triglot.decoding.search import (
 from triglot.errors import ConfigError, DeadEndError, require
 from triglot.layers.vectors import in_whole_vectors
 
-Logits = Float[Tensor, "rows vocab"] | Scaled
+Logits = Float[Tensor, "rows vocab"] | Scaled | Powers
 """Of some sentences' hypotheses."""
 
 
@@ -142,22 +143,20 @@ class Beams:
         """
         first, candidates, count = 0, list[_Candidates](), self.how.beam * (1 + len(self.how.eos_ids))
         for part in logits:
-            values, scale = self._allowed(part, first)
-            rows, width = len(values), self.scores.size(1)
+            rows, width = len(part), self.scores.size(1)
             scores = self.scores[first // width : (first + rows) // width]
-            candidates.append(_candidates(scores, values, scale, count))
+            candidates.append(_candidates(scores, self._allowed(part, first), count))
             first += rows
-            del part, values  # so that the next one takes its place in the cache
+            del part  # so that the next one takes its place in the cache
         return _best(candidates, count)
 
-    def _allowed(
-        self, logits: Logits, first: int
-    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1"] | None]:
-        """What may come of the logits from row `first` on, and what they are still to be multiplied by."""
-        if isinstance(logits, Scaled) and not self.how.banned and not self.how.rules:
-            return logits.values, logits.scale
+    def _allowed(self, logits: Logits, first: int) -> Logits:
+        """What may come of the logits from row `first` on."""
+        if not isinstance(logits, Tensor) and not self.how.banned and not self.how.rules:
+            return logits
+        assert not isinstance(logits, Powers)  # which are made where everything is allowed
         allowed = masked(in_full(logits), self.how.banned)
-        return self._ruled(allowed, first) if self.how.rules else allowed, None
+        return self._ruled(allowed, first) if self.how.rules else allowed
 
     def _ruled(self, logits: Float[Tensor, "some vocab"], first: int) -> Float[Tensor, "some vocab"]:
         """What rules leave of the logits after the texts from row `first` on; they see those that are possible."""
@@ -233,46 +232,43 @@ class _Candidates(NamedTuple):
     """Of each hypothesis."""
 
 
-def _candidates(
-    scores: Float[Tensor, "sentences width"],
-    logits: Float[Tensor, "rows vocab"],
-    scale: Float[Tensor, "rows 1"] | None,
-    count: int,
-) -> _Candidates:
+def _candidates(scores: Float[Tensor, "sentences width"], logits: Logits, count: int) -> _Candidates:
     """Those blocks of tokens that have the largest maxima: the `count` best continuations are among them.
 
     What is still to be scaled becomes powers of 2 in its place, and only what is looked at becomes log p again.
     """
     sentences, width = scores.shape
-    if logits.size(1) % BLOCK:
+    if isinstance(logits, Tensor) and logits.size(1) % BLOCK:
         logits = F.pad(logits, (0, -logits.size(1) % BLOCK), value=-math.inf)
-    of_blocks, off = _normalise(logits, scale)
-    num_blocks = of_blocks.size(1)
+    of_blocks, off = _normalise(logits)
+    values, num_blocks = logits if isinstance(logits, Tensor) else logits.values, of_blocks.size(1)
     by_block = of_blocks.view(sentences, width, num_blocks) + scores[..., None]
     chosen = largest(by_block.flatten(1), count)[1].sort(1).values  # in order, so that ties stay so
-    starts = torch.arange(0, len(logits) * num_blocks, width * num_blocks, device=chosen.device)
-    picked = logits.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten()).view(sentences, -1, BLOCK)
+    starts = torch.arange(0, len(values) * num_blocks, width * num_blocks, device=chosen.device)
+    picked = values.view(-1, BLOCK).index_select(0, (chosen + starts[:, None]).flatten())
+    picked = picked.float().view(sentences, -1, BLOCK)
     hypotheses = chosen // num_blocks
-    if scale is not None:
-        in_whole_vectors(picked, Tensor.log2_)
+    if not isinstance(logits, Tensor):
+        in_whole_vectors(picked, Tensor.log2_ if isinstance(logits, Scaled) else Tensor.log_)
     picked.sub_(off.view(sentences, width).gather(1, hypotheses)[..., None])
-    if scale is not None:
+    if isinstance(logits, Scaled):
         picked.div_(PER_LOG)
     return _Candidates(picked.add_(scores.gather(1, hypotheses)[..., None]), chosen, num_blocks)
 
 
-def _normalise(
-    logits: Float[Tensor, "rows whole_blocks"], scale: Float[Tensor, "rows 1"] | None
-) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
+def _normalise(logits: Logits) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
     """The largest log p of each block, and what logits, or the logarithms of what they become, are above log p."""
-    if scale is not None:
-        logits.mul_(scale * PER_LOG)
-    maxima = logits.view(len(logits), -1, BLOCK).amax(2)
-    if scale is None:
-        normaliser = log_sum_exp(logits, maxima)
+    if isinstance(logits, Powers):
+        maxima, normaliser = settle_powers(logits.values, logits.logits)
         return maxima.sub_(normaliser), normaliser
-    normaliser, of_powers = to_powers(logits, maxima)
-    return maxima.sub_(normaliser).div_(PER_LOG), of_powers
+    if isinstance(logits, Scaled):
+        exponents = logits.values.mul_(logits.scale * PER_LOG)
+        maxima = exponents.view(len(exponents), -1, BLOCK).amax(2)
+        normaliser, of_powers = to_powers(exponents, maxima)
+        return maxima.sub_(normaliser).div_(PER_LOG), of_powers
+    maxima = logits.view(len(logits), -1, BLOCK).amax(2)
+    normaliser = log_sum_exp(logits, maxima)
+    return maxima.sub_(normaliser), normaliser
 
 
 def _best(candidates: Sequence[_Candidates], count: int) -> tuple[Tensor, Tensor, Tensor]:

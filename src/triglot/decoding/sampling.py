@@ -8,12 +8,12 @@ generator of its own draws the same tokens whatever its batch mates are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from triglot.errors import ConfigError, require
@@ -26,6 +26,8 @@ NOTHING = -1e30
 """Stands for −∞ where that would make NaN."""
 MODERATE = 46.0
 """Where a row's largest exponent of 2 is no further from 0, powers are made of all as they are."""
+LEAST_POWER, MOST_POWER = math.exp(-62), math.exp(-10)
+"""Between them a row's largest power of e is what σ makes of it, and those e²⁵ times smaller are there."""
 IN_CACHE = 2**17
 """Numbers that are worked on at a time, several times over."""
 ROWS = 16
@@ -54,10 +56,17 @@ def largest(
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     top, index = values.topk(min(count + 1, values.size(1)))
-    if not (top[:, 1:] == top[:, :-1]).any():
-        return top[:, :count], index[:, :count]
+    ties = (top[:, 1:] == top[:, :-1]).any(1)
+    if ties.any():
+        some = ties.nonzero()[:, 0]
+        top[some, :count], index[some, :count] = _by_index(values[some], top[some], index[some], count)
+    return top[:, :count], index[:, :count]
+
+
+def _by_index(values: Tensor, top: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `topk` should have taken, and in which order, of rows that have ties among the largest."""
     least = top[:, count - 1 : count]
-    if (top[:, count:] == least).any():  # `topk` may have taken any of those that tie for the last places
+    if (top[:, count:] == least).any():  # it may have taken any of those that tie for the last places
         above, tied = values > least, values == least
         chosen = above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
         index = chosen.nonzero()[:, 1].view(-1, count)
@@ -118,6 +127,43 @@ def to_powers(
     of_powers = sums.log2_()[:rows]
     total = torch.maximum(of_powers if near else of_powers + off, top)
     return total, total if near else total - off
+
+
+def settle_powers(
+    powers: BFloat16[Tensor, "rows whole_blocks"],
+    logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
+    """The logarithms of the maxima of blocks of powers of e, and of each row's sum.
+
+    Rows whose largest power is too large for σ to have been one, or small enough for others to be missing, are made
+    anew from their logits.
+    """
+    rows, (maxima, sums) = len(powers), _of_blocks(powers)
+    top = maxima[:rows].amax(1)
+    if len(some := ((top < LEAST_POWER) | (top > MOST_POWER)).nonzero()[:, 0]):
+        again = logits(some).float()
+        powers[some] = in_whole_vectors(again.sub_(again.amax(1, keepdim=True)), Tensor.exp_).to(powers.dtype)
+        anew = _of_blocks(powers[some])
+        maxima[some], sums[some] = (found[: len(some)] for found in anew)
+    totals = _ones(maxima[:rows])
+    torch.sum(sums[:rows], 1, keepdim=True, out=totals[:rows])
+    of_blocks = in_whole_vectors(maxima, Tensor.log_)[:rows]
+    return of_blocks, torch.maximum(totals.log_()[:rows], of_blocks.amax(1, keepdim=True))
+
+
+def _of_blocks(powers: BFloat16[Tensor, "rows whole_blocks"]) -> Float[Tensor, "2 whole_vectors blocks"]:
+    """Maxima and sums of blocks, of as many rows at a time as stay in a core's cache.
+
+    Numbers of 16 bits that are not below 0 are in the order of what those bits are as whole numbers.
+    """
+    rows, columns = powers.shape
+    found = powers.new_ones(2, round_up(rows, VECTOR), columns // BLOCK)
+    some = max(1, 4 * IN_CACHE // columns)
+    for part, maxima, sums in zip(powers.split(some), *(one[:rows].split(some) for one in found), strict=True):
+        blocks = part.view(len(part), -1, BLOCK)
+        torch.amax(blocks.view(torch.int16), 2, out=maxima.view(torch.int16))
+        torch.sum(blocks, 2, out=sums)
+    return found.float()
 
 
 def _ones(rows: Float[Tensor, "rows _"]) -> Float[Tensor, "whole_vectors 1"]:

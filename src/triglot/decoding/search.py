@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, Texts, apply
@@ -66,6 +66,19 @@ class Scaled:
     values: Float[Tensor, "rows vocab"]
     scale: Float[Tensor, "rows 1"]
     """Above 0."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Powers:
+    """e to the power of some rows' logits, each row's less a number that its probabilities do not depend on."""
+
+    values: BFloat16[Tensor, "rows vocab"]
+    """0 where the power is too small for its type, 1 or near it where it may have been too large."""
+    logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]]
+    """What they are powers of, of some of the rows."""
 
     def __len__(self) -> int:
         return len(self.values)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
-from triglot.decoding.search import Scaled
+from triglot.decoding.search import Powers, Scaled
 from triglot.errors import require
 from triglot.generation.attention import (
     Part,
@@ -44,6 +44,8 @@ from triglot.models.stack import Stack
 Hidden = Float[Tensor, "rows d_model"]
 QUERIES = 4
 """From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
+SHIFT = 45.0
+"""What is taken off logits whose powers are wanted: those of a row's likeliest token are seldom outside −17 to 35."""
 VOCABULARY = 128
 """The vocabulary is filled up to a multiple of this, by tokens that never come."""
 
@@ -299,6 +301,9 @@ class Prepared:
         weight, bias = filled_up_projection(model.projection, banned)
         self.has_bias, self.never = model.projection.bias is not None, bias.isneginf().nonzero()[:, 0]
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
+        self.powers = None
+        if isinstance(self.head, PackedFloat) and self.head.packed and not self.has_bias:  # which it would round
+            self.powers = self.head.with_bias(bias - SHIFT)
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
     @property
@@ -323,6 +328,18 @@ class Prepared:
         whole, largest = quantise_rows(hidden)
         for some, scale in zip(whole.split(rows), largest.split(rows), strict=True):
             yield Scaled(head.product(some).index_fill_(1, self.never, -math.inf), scale)
+
+    def powers_in_parts(self, hidden: Hidden, rows: int) -> Iterator[Powers]:
+        """The same as powers, where `powers` can: σ(t) = eᵗ / (1 + eᵗ) of a small t is eᵗ, and comes with a product."""
+        assert self.powers is not None
+        for some, own in zip(hidden.to(self.powers.dtype).split(rows), hidden.split(rows), strict=True):
+            yield Powers(  # of which nothing is kept here, so that the next part can take its memory
+                at_most(self.powers.narrow(at_least(some, self.powers.least_rows), "sigmoid"), len(own)),
+                partial(self._logits_of, own),
+            )
+
+    def _logits_of(self, hidden: Hidden, rows: Int[Tensor, " some"]) -> Float[Tensor, "some filled_up_vocab"]:
+        return self.logits(hidden[rows])
 
     def hold(self, rows: int, most: int, beam: int | None = None) -> Held:
         """Room for `rows` texts of at most `most` tokens; of sentences with `beam` hypotheses each, for all of them."""

@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triglot.decoding.beam import Beams, BeamSearch
+from triglot.decoding.beam import Beams, BeamSearch, Logits
 from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Chooser, Decoded, Scaled, gather, stream_in_parts
@@ -92,9 +92,20 @@ class SentenceSteps:
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Float[Tensor, "rows filled_up_vocab"] | Scaled]:
         """Feed each hypothesis its next token; logits of the one after, of some sentences each, −∞ for no token."""
+        return self.prepared.logits_in_parts(*self._read(tokens))
+
+    @torch.inference_mode()
+    def step_to_powers(self, tokens: Int[Tensor, " hypotheses"]) -> Iterator[Logits]:
+        """The same as powers, where they come sooner."""
+        prepared = self.prepared
+        in_parts = prepared.logits_in_parts if prepared.powers is None else prepared.powers_in_parts
+        return in_parts(*self._read(tokens))
+
+    def _read(self, tokens: Int[Tensor, " hypotheses"]) -> tuple[Float[Tensor, "hypotheses d_model"], int]:
+        """What stands before the projection, and of how many rows that is to be made at a time."""
         [width] = {group.width for group in self.groups}
         hidden = self.prepared.decoder.step(tokens, [group.part() for group in self.groups])
-        return self.prepared.logits_in_parts(hidden, max(1, TOGETHER // width) * width)
+        return hidden, max(1, TOGETHER // width) * width
 
     @torch.inference_mode()
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -145,10 +156,10 @@ def search(
     positions = how.beam * max(limits) + len(sources[order[0]])
     places = places or max(1, min(ROWS // how.beam, HELD_BYTES // (positions * prepared.bytes_held)))
 
-    def begin(rows: Sequence[int]) -> tuple[SentenceSteps, Iterator[Tensor | Scaled]]:
+    def begin(rows: Sequence[int]) -> tuple[SentenceSteps, Tensor]:
         longest = max(limits[row] for row in rows)
-        steps = SentenceSteps(prepared, [Sentences(prepared, [sources[row] for row in rows], how.beam, longest)])
-        return steps, steps.step(torch.full((len(rows),), start_id))
+        sentences = Sentences(prepared, [sources[row] for row in rows], how.beam, longest)
+        return SentenceSteps(prepared, [sentences]), torch.full((len(rows),), start_id)
 
     if how.beam == 1 and (how.patience or 1) <= 1:
         results = dict[int, list[Decoded]]()
@@ -168,7 +179,7 @@ def in_shares(order: Sequence[int], most: int) -> Iterator[Sequence[int]]:
 
 def search_beams(
     steps: SentenceSteps,
-    begin: Callable[[Sequence[int]], tuple[SentenceSteps, Iterator[Tensor | Scaled]]],
+    begin: Callable[[Sequence[int]], tuple[SentenceSteps, Int[Tensor, " sentences"]]],
     lengths: Mapping[int, int],
     limits: Mapping[int, int],
     how: BeamSearch,
@@ -180,6 +191,7 @@ def search_beams(
     are there, which otherwise, few as they come to be, would have steps of their own.
     """
     waiting, beams, results = list(lengths), Beams({}, how), dict[int, list[Decoded]]()
+    read = SentenceSteps.step if how.banned or how.rules else SentenceSteps.step_to_powers
     while waiting or len(beams):
         while waiting and len(beams) <= places // 2:
             some = waiting[: places - len(beams)]
@@ -187,19 +199,19 @@ def search_beams(
             del waiting[: len(some)]
             new, first = begin(some)
             begun = Beams({row: limits[row] for row in some}, how)
-            results |= begun.advance(first)
+            results |= begun.advance(read(new, first))
             new.select(begun.rows)
             beams.join(begun)
             steps.groups += new.groups
         if len(beams):
-            results |= beams.advance(steps.step(beams.tokens.flatten()))
+            results |= beams.advance(read(steps, beams.tokens.flatten()))
             steps.select(beams.rows)
     return results
 
 
 def greedy(
     steps: SentenceSteps,
-    first: Iterable[Tensor | Scaled],
+    first: Int[Tensor, " sentences"],
     how: BeamSearch,
     requests: Sequence[int],
     limits: Sequence[int],
@@ -207,7 +219,7 @@ def greedy(
     """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
     rules = [Within(rule, requests) for rule in how.rules]
     choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules, scored=how.scored)
-    tokens = stream_in_parts(first, steps.step, steps.select, choose, limits, how.eos_ids)
+    tokens = stream_in_parts(steps.step(first), steps.step, steps.select, choose, limits, how.eos_ids)
     try:
         return [[text] for text in gather(tokens, len(limits), how.eos_ids)]
     except DeadEndError as error:

@@ -4,6 +4,7 @@ Each gives every row the bits that it gives the row in any company, given at lea
 product's bits depend on how many rows there are when those are few; sums of whole numbers are exact.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
@@ -130,11 +131,17 @@ class PackedFloat:
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         return self.narrow(x).float()
 
-    def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
+    def narrow(self, x: Rows, activation: Literal["none", "relu", "sigmoid"] = "none") -> Float[Tensor, "rows outputs"]:
         """The same in the weights' own type, activated."""
         x = x.to(self.dtype)
         y = self._by_onednn(x, activation) if self.packed else self._by_parts(x, activation)
         return y if y.size(1) == self.outputs else y[:, : self.outputs]
+
+    def with_bias(self, bias: Float[Tensor, " outputs"]) -> "PackedFloat":
+        """The same weights with another bias."""
+        other = copy.copy(self)
+        other.bias = F.pad(bias.to(self.dtype), (0, max(0, LEAST_SIZE - self.outputs)))
+        return other
 
     def _by_onednn(self, x: Rows, activation: str) -> Float[Tensor, "rows filled"]:
         if self.at_a_time is not None and len(x) > self.at_a_time:
@@ -152,7 +159,7 @@ class PackedFloat:
                 y.addmm_(some, weight.T)
         else:
             y = F.linear(x, first, self.bias)
-        return F.relu(y) if activation == "relu" else y
+        return y if activation == "none" else getattr(torch, activation)(y)
 
 
 class PackedInt8(_InFull):
