@@ -15,7 +15,7 @@ from tests.conftest import VARIANTS
 from triglot.config import BlockOptions
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import ScoredSteps, Steps, generate
-from triglot.generation.captured import KEPT, SLOTS, Captured, can_be_captured, start_captured
+from triglot.generation.captured import HELD, KEPT, SLOTS, Captured, can_be_captured, start_captured
 from triglot.generation.engine import Engine
 from triglot.models.decoder_only import DecoderLLM
 from triglot.recipe import from_dict
@@ -232,6 +232,15 @@ def test_a_model_in_training_is_left_as_it_is(make, monkeypatch):
     monkeypatch.setattr("triglot.generation.ready.can_be_captured", lambda model: True)
     made = [Engine(engine.model, engine.config, engine.tokenizers, in_training=one) for one in (False, True)]
     assert [one._ready.captured is None for one in made] == [False, True]
+
+
+@given(texts=st.integers(1, SLOTS))
+def test_places_with_memory_are_as_many_as_texts_or_more_and_few_numbers(texts):
+    own = Captured.__new__(Captured)
+    for own.compiled, has_kernel, numbers in ((False, True, HELD), (False, False, [SLOTS]), (True, True, (1, 8, 64))):
+        own.reader = SimpleNamespace(has_kernel=has_kernel)
+        assert texts <= own.held(texts) <= own.slots(texts)
+        assert own.held(texts) in numbers
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -26,8 +26,8 @@ NOTHING = -1e30
 """Stands for −∞ where that would make NaN."""
 MODERATE = 46.0
 """Where a row's largest exponent of 2 is no further from 0, powers are made of all as they are."""
-LEAST_POWER, MOST_POWER = math.exp(-62), math.exp(-10)
-"""Between them a row's largest power of e is what σ makes of it, and those e²⁵ times smaller are there."""
+LEAST_POWER, MOST_POWER = math.exp(-45), math.exp(-10)
+"""Between them a row's largest power of e is what σ makes of it, and those e⁴² times smaller are there."""
 IN_CACHE = 2**17
 """Numbers that are worked on at a time, several times over."""
 ROWS = 16

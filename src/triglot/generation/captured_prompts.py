@@ -49,7 +49,7 @@ class Pass:
 
 
 class PromptReader:
-    """Reads prompts, of which `batch` says how many at a time: None for a number that does not depend on theirs."""
+    """Reads prompts: the least of `batches` at a time that is enough, or by default as many as their width asks for."""
 
     def __init__(self, model: DecoderLLM, batches: Sequence[int] | None = None) -> None:
         self.model, self.batches = model, batches

@@ -44,8 +44,8 @@ from triglot.models.stack import Stack
 Hidden = Float[Tensor, "rows d_model"]
 QUERIES = 4
 """From so many queries on attention gives each the same bits: a text's tokens may be read one by one or together."""
-SHIFT = 45.0
-"""What is taken off logits whose powers are wanted: those of a row's likeliest token are seldom outside −17 to 35."""
+SHIFT = 35.0
+"""What is taken off logits whose powers are wanted: those of a row's likeliest token are seldom outside −10 to 25."""
 VOCABULARY = 128
 """The vocabulary is filled up to a multiple of this, by tokens that never come."""
 
