@@ -215,6 +215,9 @@ def test_what_has_a_bias_or_other_numbers_gives_no_powers():
 
 # In any company
 
+bits_alone = pytest.mark.usefixtures("without_shape_checks")
+"""For searches of the same code as above by the hundred, most of whose time the checks would take."""
+
 CONFIGS = {
     "pre-rms-rotary": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "bias": False},
     "post-learned-grouped": {"positions": "learned", "num_kv_heads": 2},
@@ -264,6 +267,7 @@ def continuations(name: str, precision: str, prompts: list[list[int]], seeds: li
 requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_size=1, max_size=9)
 
 
+@bits_alone
 @settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
        st.sampled_from([1, 2, 5]), st.integers(1, 9))  # fmt: skip
@@ -278,6 +282,7 @@ def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precis
     assert mixed == [alone[row] for row in order]
 
 
+@bits_alone
 @settings(deadline=None, max_examples=20)
 @given(
     requests,
@@ -297,6 +302,7 @@ def test_a_translation_of_many_words_is_the_same_bits_in_any_company(asked, draw
     assert mixed == [alone[row] for row in order]
 
 
+@bits_alone
 @settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
        st.sampled_from([Sampler(), Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)]))  # fmt: skip
