@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from triglot.generation.cuda_graph import captured
+from triglot.layers.vectors import round_up
 from triglot.models.decoder_only import DecoderLLM
 
 UNIT = 64
@@ -71,7 +72,7 @@ class PromptReader:
 
     def width(self, length: int) -> int:
         """What a prompt of so many tokens is filled up to."""
-        return min(max(1, -(-length // UNIT)) * UNIT, self.model.max_seq_length)
+        return min(round_up(max(1, length), UNIT), self.model.max_seq_length)
 
     def rows(self, width: int, prompts: int) -> int:
         """How many of so many prompts are read at a time."""
