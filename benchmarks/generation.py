@@ -55,11 +55,11 @@ def sources_of(run: Path, data: Path, number: int | None) -> list[list[int]]:
     return tokenizers.encode_sources(lines, [None] * len(lines))
 
 
-def our_search(run: Path, precision: Any) -> Search:
+def our_search(run: Path, precision: Any, compiled: bool = False) -> Search:
     """A worker's search."""
     keep_freed_memory()
     model, _, tokenizers = load_model(run)
-    prepared = Prepared(model, precision, tokenizers.target.ids.banned)
+    prepared = Prepared(model, precision, tokenizers.target.ids.banned, by_kernels=compiled)
 
     def find(sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
         return search(prepared, sources, [limit] * len(sources), how, BOS)
@@ -67,13 +67,15 @@ def our_search(run: Path, precision: Any) -> Search:
     return find
 
 
-def our_translations(run: Path, sources: list[list[int]], beam: int, precision: str, workers: int) -> Work:
+def our_translations(
+    run: Path, sources: list[list[int]], beam: int, precision: str, compiled: bool, workers: int
+) -> Work:
     """Tokens of the best hypotheses of all sources."""
     how = BeamSearch(beam=beam, eos_ids=[EOS], patience=1.0, scored=False)  # nor does CTranslate2 tell scores
     if workers == 1:
-        find = our_search(run, precision)
+        find = our_search(run, precision, compiled)
     else:
-        pool = Workers(partial(our_search, run, precision), workers)
+        pool = Workers(partial(our_search, run, precision, compiled), workers)
         find = pool.search
     return lambda: sum(len(texts[0].ids) for texts in find(sources, how, LIMIT))
 
@@ -136,11 +138,14 @@ def translation_settings(options: argparse.Namespace, beam: int) -> dict[str, di
     if options.run is None or options.data is None:
         return {}
     run, sources = options.run, partial(sources_of, options.run, options.data, 100 if options.quick else None)
-    ours = {
-        f"{precision}, {workers} × {2 // workers}": partial(_ours, run, sources, beam, precision, workers)
-        for precision in ("fp32", "bf16", "int8")
-        for workers in (1, 2)
-    }
+
+    def ours(compiled: bool) -> dict[str, Callable[[], Work]]:
+        return {
+            f"{precision}, {workers} × {2 // workers}": partial(_ours, run, sources, beam, precision, compiled, workers)
+            for precision in ("fp32", "bf16", "int8")
+            for workers in (1, 2)
+        }
+
     theirs = {
         f"{precision}, {workers} × {threads}, batch {batch}": partial(
             _theirs, run, sources, beam, precision, workers, threads, batch
@@ -150,11 +155,16 @@ def translation_settings(options: argparse.Namespace, beam: int) -> dict[str, di
         for batch in batches
     }
     plain = {f"fp32, batch {batch}": partial(_transformers, run, sources, beam, batch) for batch in (32, 64)}
-    return {"triglot": ours, "transformers": plain, "CTranslate2": theirs}
+    return {
+        "triglot": ours(compiled=False),
+        "triglot, compiled": ours(compiled=True),
+        "transformers": plain,
+        "CTranslate2": theirs,
+    }
 
 
-def _ours(run: Path, sources: Callable[[], list[list[int]]], beam: int, precision: str, workers: int) -> Work:
-    return our_translations(run, sources(), beam, precision, workers)
+def _ours(run: Path, sources: Callable[[], list[list[int]]], *how: Any) -> Work:
+    return our_translations(run, sources(), *how)
 
 
 def _theirs(run: Path, sources: Callable[[], list[list[int]]], *how: Any) -> Work:

@@ -259,9 +259,7 @@ def test_compiled_texts_come_from_what_was_compiled(folder, monkeypatch):
 
 def test_what_cannot_be_compiled_is_refused_by_its_option(folder):
     told = refuse("generate", folder / "writer", "--compiled", "--precision", "int4", "--device", "cpu")
-    assert "`precision` must be fp32, bf16 or int8 where `compiled` is set, but is 'int4'" in told
-    told = refuse("generate", folder / "translator", "--compiled", "--device", "cpu")
-    assert "`compiled` must be left out unless the model is a decoder-only one" in told
+    assert "`precision` must be fp32, bf16 or int8 where texts are `compiled`, but is 'int4'" in told
 
 
 def test_generate_slides_past_the_context_only_when_it_is_told_to(folder):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 from dataclasses import replace
 from functools import cache, partial
 
@@ -39,18 +40,23 @@ def make_language_model(options) -> DecoderLLM:
     return DecoderLLM(VOCAB, 24, 4, 3, 40, LONGEST, options=options).eval()
 
 
+KERNELS = [False, True] if shutil.which("g++") else [False]
+by_kernels = pytest.mark.parametrize("by_kernels", KERNELS)
+
+
 def texts(seed: int, number: int, longest: int = 40) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(3, VOCAB) for _ in range(draw.randint(1, longest))] for _ in range(number)]
 
 
 @torch.no_grad()
-def test_translation_steps_are_the_models(options):
+@by_kernels
+def test_translation_steps_are_the_models(options, by_kernels):
     model, sources = make_translator(options), texts(1, 3)
     targets = torch.randint(VOCAB, (3, 35), generator=torch.Generator().manual_seed(2))
     src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     plain = model.start(src, create_padding_mask(src), 90)
-    prepared = Prepared(model)
+    prepared = Prepared(model, by_kernels=by_kernels)
     steps = SentenceSteps(prepared, [Sentences(prepared, sources, 1, 90)])
     for tokens in targets.T:
         found = torch.cat(list(steps.step(tokens)))
@@ -58,12 +64,13 @@ def test_translation_steps_are_the_models(options):
 
 
 @torch.no_grad()
-def test_hypotheses_go_on_from_the_parents_that_they_are_given(options):
+@by_kernels
+def test_hypotheses_go_on_from_the_parents_that_they_are_given(options, by_kernels):
     model, sources = make_translator(options), texts(1, 3)
     draw = torch.Generator().manual_seed(3)
     src = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], batch_first=True)
     plain = model.start(src, create_padding_mask(src), 90)
-    prepared = Prepared(model)
+    prepared = Prepared(model, by_kernels=by_kernels)
     steps = SentenceSteps(prepared, [Sentences(prepared, sources, 4, 90)])
     live, width = torch.arange(3), 1
     for number in range(20):
@@ -241,18 +248,18 @@ CONFIGS = {
 
 
 @cache
-def prepared_models(name: str, precision: str):
+def prepared_models(name: str, precision: str, by_kernels: bool = False):
     from triglot.config import BlockOptions
     from triglot.recipe import from_dict
 
     options = from_dict(BlockOptions, CONFIGS[name])
     models = make_translator(options), make_language_model(options)
-    translator, language_model = (Prepared(model, precision, (PAD, BOS)) for model in models)
-    return translator, language_model
+    translator = Prepared(models[0], precision, (PAD, BOS), by_kernels=by_kernels)
+    return translator, Prepared(models[1], precision, (PAD, BOS))
 
 
-def translations(name: str, precision: str, sources: list[list[int]], beam: int, limits: list[int], places: int):
-    prepared, _ = prepared_models(name, precision)
+def translations(name, precision, sources: list[list[int]], beam, limits: list[int], places, by_kernels=False):
+    prepared, _ = prepared_models(name, precision, by_kernels)
     how = BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam)
     return search(prepared, sources, limits, how, BOS, places)
 
@@ -271,24 +278,24 @@ requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_siz
 @bits_alone
 @settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
-       st.sampled_from([1, 2, 5]), st.integers(1, 9))  # fmt: skip
-@example([(230, 24), (102, 19), (104, 24), (349, 10), (779, 24)], random.Random(0), "experts", "fp32", 1, 5)
-def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precision, beam, places):
+       st.sampled_from([1, 2, 5]), st.integers(1, 9), st.sampled_from(KERNELS))  # fmt: skip
+@example([(230, 24), (102, 19), (104, 24), (349, 10), (779, 24)], random.Random(0), "experts", "fp32", 1, 5, False)
+def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precision, beam, places, by_kernels):
     sources, limits = [texts(seed, 1)[0] for seed, _ in asked], [limit for _, limit in asked]
-    alone = [
-        translations(name, precision, [ids], beam, [limit], 1)[0] for ids, limit in zip(sources, limits, strict=True)
-    ]
+    find = partial(translations, name, precision, beam=beam, by_kernels=by_kernels)
+    alone = [find([ids], limits=[limit], places=1)[0] for ids, limit in zip(sources, limits, strict=True)]
     order = draw.sample(range(len(asked)), len(asked))
-    mixed = translations(name, precision, [sources[row] for row in order], beam, [limits[row] for row in order], places)
+    mixed = find([sources[row] for row in order], limits=[limits[row] for row in order], places=places)
     assert mixed == [alone[row] for row in order]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_searches_of_unlike_texts_keep_to_the_shapes_that_are_named(name, precision):
+@by_kernels
+def test_searches_of_unlike_texts_keep_to_the_shapes_that_are_named(name, precision, by_kernels):
     given_texts, limits = [texts(seed, 1)[0] for seed in range(5)], [3, 20, 1, 9, 6]
     for beam in (1, 3):
-        found = translations(name, precision, given_texts, beam, limits, 2)
+        found = translations(name, precision, given_texts, beam, limits, 2, by_kernels)
         assert all(len(of_one[0].ids) <= limit for of_one, limit in zip(found, limits, strict=True))
     for sampler in (Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)):
         written = continuations(name, precision, given_texts, list(range(5)), limits, sampler)

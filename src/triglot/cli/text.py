@@ -210,6 +210,7 @@ def translate(
     tag: Tag = None,
     too_long: Annotated[TooLong, typer.Option(help="Where a line is longer than the model reads.")] = TooLong.cut,
     precision: InPrecision = Precision.fp32,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Faster, by kernels compiled in seconds.")] = False,
     which: Which = "best",
     device: Device = None,
 ) -> None:
@@ -221,12 +222,12 @@ def translate(
         left_out("without --json", alignments=alignments)
     lines, where = lines_of(None if file == "-" else Path(file)), device_of(device)
     asked = file == "-" and sys.stdin.isatty()
-    engine = load(run, which=which, device=where, precision=precision.value, workers=workers)
+    engine = load(run, which=which, device=where, precision=precision.value, workers=workers, compiled=compiled)
     if workers is None and where == "cpu" and not asked and _cores() > 1:
         enough, lines = pays(engine, lines, beam or engine.config.generation.beam)
         if enough:
             workers = _cores()
-            engine = load(run, which=which, device=where, precision=precision.value, workers=workers)
+            engine = load(run, which=which, device=where, precision=precision.value, workers=workers, compiled=compiled)
     results = translate_lines(
         engine,
         lines,

@@ -259,7 +259,7 @@ def _candidates(scores: Float[Tensor, "sentences width"], logits: Logits, count:
 def _normalise(logits: Logits) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
     """The largest log p of each block, and what logits, or the logarithms of what they become, are above log p."""
     if isinstance(logits, Powers):
-        maxima, normaliser = settle_powers(logits.values, logits.logits)
+        maxima, normaliser = settle_powers(logits.values, logits.logits, logits.of_blocks)
         return maxima.sub_(normaliser), normaliser
     if isinstance(logits, Scaled):
         exponents = logits.values.mul_(logits.scale * PER_LOG)

@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, Texts, apply
-from triglot.decoding.sampling import Generators, Sampler, largest, log_sum_exp
+from triglot.decoding.sampling import Generators, OfBlocks, Sampler, largest, log_sum_exp, of_blocks
 from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
 Lengths = Literal["power", "gnmt"]
@@ -79,6 +79,7 @@ class Powers:
     """0 where the power is too small for its type, 1 or near it where it may have been too large."""
     logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]]
     """What they are powers of, of some of the rows."""
+    of_blocks: OfBlocks = of_blocks
 
     def __len__(self) -> int:
         return len(self.values)

@@ -1,20 +1,15 @@
 """A module as compiled code: exported (`torch.export`), compiled to C++ by AOTInductor, and kept for the next time."""
 
-import hashlib
 import itertools
-import platform
 import shlex
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triglot.errors import ConfigError
+from triglot.generation.compiler import becoming, cpp_compiler, kept
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Compiled code, from inputs and state in one list."""
@@ -61,9 +56,9 @@ def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[An
     """
     options = OPTIONS | {"cpp.min_chunk_size": grain}
     program = exported(module, inputs, dynamic)
-    path = _folder() / f"{_key(f'{program}{options}{_gcc_flags()}')}.pt2"
+    path = kept(f"{program}{options}{_gcc_flags()}", ".pt2")
     if not path.exists():
-        with _becoming(path) as package:
+        with becoming(path) as package:
             _compile(program, str(package), options)
     run: Run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
     return run
@@ -76,15 +71,7 @@ def bound(run: Run, module: nn.Module) -> Run:
 
 
 def _compile(program: torch.export.ExportedProgram, package: str, options: dict[str, Any]) -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        compiler = get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        rule = "left out where there is no C++ compiler (g++, or what the variable CXX names)"
-        raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
-    options = options | {"cpp.cxx": (_with_flags(compiler),)}
+    options = options | {"cpp.cxx": (_with_flags(cpp_compiler()),)}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch's, of itself
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
 
@@ -96,9 +83,9 @@ def _with_flags(compiler: str) -> str:
     if not is_gcc():
         return compiler
     text = f'#!/bin/sh\nexec {shlex.quote(compiler)} "$@" {_gcc_flags()}\n'
-    script = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}-g++"
+    script = kept(text, "-g++")
     if not script.exists():
-        with _becoming(script) as made:
+        with becoming(script) as made:
             made.write_text(text)
             made.chmod(0o755)
     return str(script)
@@ -106,26 +93,3 @@ def _with_flags(compiler: str) -> str:
 
 def _gcc_flags() -> str:
     return GCC_OF.get(torch.backends.cpu.get_cpu_capability(), GCC)
-
-
-@contextmanager
-def _becoming(path: Path) -> Iterator[Path]:
-    """A path of this process alone, which becomes `path` when all is written: others may make the same meanwhile."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        yield made
-        made.replace(path)
-
-
-def _folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir()) / "triglot"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _key(program: str) -> str:
-    """Of code for this very machine and as many threads."""
-    also = platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__
-    return hashlib.sha256(f"{program}{also}".encode()).hexdigest()

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from triglot.generation.held import Held, Place, held_width
+from triglot.generation.held import Held, Place, held_width, keep_rows
+from triglot.generation.paged import New, Pages
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.attention import MultiHeadAttention
-from triglot.layers.packed import Packer
+from triglot.layers.packed import PackedFloat, Packer
 from triglot.layers.positions import RotaryPositions
 
 Hidden = Float[Tensor, "rows d_model"]
@@ -25,20 +26,34 @@ Turn = tuple[Tensor, Tensor]
 class Memory(NamedTuple):
     """What a decoder attends to besides its own text."""
 
-    keys: Float[Tensor, "layers sentences kv_heads length width"]
-    values: Float[Tensor, "layers sentences kv_heads length width"]
+    both: Float[Tensor, "2 layers sentences kv_heads length width"]
+    """Keys and values."""
     bias: Float[Tensor, "sentences 1 1 length"]
     """What hides padding."""
-    hypotheses: int
-    """Rows of each sentence, one behind another."""
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> "Memory":
+        """Those of these sentences, in this order."""
+        return Memory(keep_rows(self.both, 2, rows), keep_rows(self.bias, 0, rows))
+
+
+class PagedMemory(NamedTuple):
+    """The same in pages."""
+
+    pages: Pages
+    bias: Float[Tensor, "sentences 1 1 length"]
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> "PagedMemory":
+        """Those of these sentences, in this order."""
+        self.pages.keep(rows)
+        return self._replace(bias=keep_rows(self.bias, 0, rows))
 
 
 class Part(NamedTuple):
     """Rows of a step whose texts are held together: the next tokens of each, as many, text by text."""
 
     place: Place
-    held: Held
-    memory: Memory | None = None
+    held: Held | Pages
+    memory: Memory | PagedMemory | None = None
 
     @property
     def rows(self) -> int:
@@ -157,6 +172,11 @@ class PreparedAttention:
         self.inner = packer.beside(parts, scale=scale_of(attention) if self.norms is None else 1.0)
         self.outer = packer.beside([attention.output])
 
+    def comes_in(self, turns: object) -> torch.dtype:
+        """The type of queries, keys and values."""
+        plain = self.norms is None and turns is None
+        return self.inner.dtype if plain and isinstance(self.inner, PackedFloat) else torch.float32
+
     def normalised(self, heads: Tensor) -> Tensor:
         """The heads of queries and keys after their norms, those of values as they are."""
         assert self.norms is not None
@@ -164,7 +184,7 @@ class PreparedAttention:
         return torch.cat([self.norms[0](query), self.norms[1](key), value], 1)
 
     def project(self, x: Hidden, rows: int, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [rows, heads, width] of the first rows, in the type in which they come."""
+        """Queries, keys and values [rows, heads, head_dim] of the first rows, in the type in which they come."""
         heads = at_most(self.inner.narrow(x), rows).view(rows, -1, self.head_dim)
         if self.norms is not None:
             heads = self.normalised(heads.float())
@@ -173,25 +193,28 @@ class PreparedAttention:
         else:
             both, value = heads.float().split([self.heads + self.kv_heads, self.kv_heads], 1)
             query, key = turned(both, turn).split([self.heads, self.kv_heads], 1)
-        return fill_up(query, self.width), fill_up(key, self.width), fill_up(value, self.width)
+        return query, key, value
 
     def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
         """Rows are those of the parts, one behind another."""
         rows = sum(part.rows for part in parts)
         of_parts = by_part(self.project(x, rows, turn), parts)
         mixed = [self.mix(q, k, v, part, layer) for (q, k, v), part in zip(of_parts, parts, strict=True)]
-        return self.outer(at_least(mixed[0] if len(mixed) == 1 else torch.cat(mixed), len(x)))
+        return self.outer.narrow(at_least(mixed[0] if len(mixed) == 1 else torch.cat(mixed), len(x)))
 
     def mix(
         self,
-        query: Float[Tensor, "rows heads width"],
-        key: Float[Tensor, "rows kv_heads width"],
-        value: Float[Tensor, "rows kv_heads width"],
+        query: Float[Tensor, "rows heads head_dim"],
+        key: Float[Tensor, "rows kv_heads head_dim"],
+        value: Float[Tensor, "rows kv_heads head_dim"],
         part: Part,
         layer: int,
     ) -> Hidden:
         """What the rows of a part attend to, themselves included."""
         place, held = part.place, part.held
+        if isinstance(held, Pages):
+            return held.attend(layer, query, place.bias, self.outer.dtype, New(key, value, place.at))
+        query, key, value = (fill_up(part, self.width) for part in (query, key, value))
         (texts, new), groups = place.positions.shape, self.heads // self.kv_heads
         key, value = (part.float().reshape(-1, self.width) for part in (key, value))
         held.write(layer, place, key, value)
@@ -211,7 +234,7 @@ class PreparedAttention:
         """Rows are whole texts, whose keys and values go to `held` [2, texts, kv_heads, length, width]."""
         texts, length = whole.texts, whole.length
         query, key, value = (
-            part.float().view(texts, length, self.kv_heads, -1, part.size(2)).permute(0, 2, 3, 1, 4)
+            fill_up(part.float(), self.width).view(texts, length, self.kv_heads, -1, self.width).permute(0, 2, 3, 1, 4)
             for part in self.project(x, len(x), turn)
         )  # [texts, kv_heads, group, length, width]
         key, value = key[:, :, 0], value[:, :, 0]
@@ -222,7 +245,7 @@ class PreparedAttention:
         flat = [part.reshape(texts * self.kv_heads, -1, part.size(-1)) for part in (query, key, value)]
         mixed = attend(flat[0], flat[1], flat[2], bias)[..., : self.head_dim]
         mixed = mixed.view(texts, self.kv_heads, groups, length, -1).permute(0, 3, 1, 2, 4)
-        return self.outer(mixed.reshape(len(x), -1))
+        return self.outer.narrow(mixed.reshape(len(x), -1))
 
 
 class PreparedMemory:
@@ -234,6 +257,12 @@ class PreparedMemory:
         self.both = packer.beside([attention.key, attention.value])
         self.query = packer.beside([attention.query], scale=scale_of(attention) if self.norms is None else 1.0)
         self.outer = packer.beside([attention.output])
+
+    @property
+    def comes_in(self) -> torch.dtype:
+        """The type of queries, keys and values."""
+        packed = isinstance(self.query, PackedFloat) and self.norms is None
+        return self.query.dtype if packed else torch.float32
 
     def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length width"]:
         """The keys and values of sentences of one length."""
@@ -249,14 +278,17 @@ class PreparedMemory:
             query = self.norms[0](query.float().view(len(query), -1, self.head_dim)).flatten(1)
         of_parts = by_part((query,), parts)
         mixed = [self.mix(own, part, layer) for (own,), part in zip(of_parts, parts, strict=True)]
-        return self.outer(at_least(mixed[0] if len(mixed) == 1 else torch.cat(mixed), len(x)))
+        return self.outer.narrow(at_least(mixed[0] if len(mixed) == 1 else torch.cat(mixed), len(x)))
 
     def mix(self, query: Hidden, part: Part, layer: int) -> Hidden:
         """What hypotheses find in the memories of their sentences."""
         memory = part.memory
         assert memory is not None
-        keys, values = memory.keys[layer].flatten(0, 1), memory.values[layer].flatten(0, 1)
-        sentences, hypotheses = memory.keys.size(1), memory.hypotheses
+        if isinstance(memory, PagedMemory):
+            heads = query.view(len(query), -1, self.head_dim)
+            return memory.pages.attend(layer, heads, memory.bias, self.outer.dtype)
+        keys, values = memory.both[:, layer].flatten(1, 2)
+        sentences, hypotheses = len(memory.bias), len(query) // len(memory.bias)
         query = fill_up(query.view(sentences, hypotheses, self.kv_heads, -1, self.head_dim), self.width).transpose(1, 2)
         query = in_order(query, torch.float32).view(sentences * self.kv_heads, -1, query.size(-1))
         mixed = attend(query, keys, values, memory.bias)

@@ -46,7 +46,8 @@ def load(
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
     run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`. With
     `compiled` texts go on by compiled code: on a processor the fastest for one text and for few
-    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`).
+    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Translations are searched for by
+    kernels that a C++ compiler makes here (`generation/kernels.py`): on a processor the fastest for any number.
     """
     where = device_here(device)
     on_processor = where.type == "cpu"
@@ -60,7 +61,7 @@ def load(
     if workers is not None and workers != 1:
         fits = on_processor and dtype in (None, torch.float32)
         require(fits, "workers", "1 unless the model is on a processor, in fp32", workers, ConfigError)
-        pool = Workers(partial(sentences.worker_search, Path(run), which, precision), workers)
+        pool = Workers(partial(sentences.worker_search, Path(run), which, precision, compiled), workers)
     guesses = None if draft is None else Ready(*load_any(Path(draft), "best", where), precision)
     return Engine(model, config, tokenizers, precision=precision, workers=pool, draft=guesses, compiled=compiled)
 

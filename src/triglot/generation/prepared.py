@@ -5,6 +5,7 @@ a row the same bits in any company: products never see fewer rows than it takes 
 end weigh exactly nothing and are so many that no sum is taken in another order.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,9 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
+from triglot.decoding.sampling import of_blocks
 from triglot.decoding.search import Powers, Scaled
 from triglot.errors import require
 from triglot.generation.attention import (
+    Memory,
+    PagedMemory,
     Part,
     PreparedAttention,
     PreparedMemory,
@@ -28,14 +32,15 @@ from triglot.generation.attention import (
     turn_table,
 )
 from triglot.generation.held import Held, Place, held_width
+from triglot.generation.paged import Pages
+from triglot.generation.powers import of_blocks_by_kernel
+from triglot.generation.residual import PreparedResidual, Stream, norm_of
 from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
-from triglot.layers.norm import Residual
 from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
-from triglot.layers.rms_norm import inverse_rms
 from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
@@ -86,8 +91,8 @@ class PreparedFeedForward:
     def __call__(self, x: Hidden) -> Hidden:
         inner = self.inner
         if self.activation == "relu" and isinstance(inner, PackedFloat) and isinstance(self.outer, PackedFloat):
-            return self.outer(inner.narrow(x, "relu"))  # which is the same in bf16
-        return self.outer(activate_apart(inner(x), self.activation))
+            return self.outer.narrow(inner.narrow(x, "relu"))  # which is the same in bf16
+        return self.outer.narrow(activate_apart(inner(x), self.activation))
 
 
 class PreparedExperts:
@@ -155,47 +160,27 @@ class PreparedExperts:
         return output
 
 
-Sublayer = Callable[[Hidden], Hidden]
-
-
-def around(residual: Residual) -> Callable[[Hidden, Sublayer], Hidden]:
-    """A residual connection and its norm."""
-    norm = norm_of(residual.norm)
-    if residual.pre:
-        return lambda x, sublayer: x + sublayer(norm(x))
-    return lambda x, sublayer: norm(sublayer(x).add_(x))
-
-
-def norm_of(module: nn.Module) -> Sublayer:
-    """What a norm does to rows."""
-    match module:
-        case nn.LayerNorm():
-            return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-        case nn.RMSNorm():
-            weight, eps = module.weight.detach(), torch.tensor(module.eps)
-            return lambda x: (x * inverse_rms(x, eps)).mul_(weight)
-        case _:
-            return lambda x: x
-
-
 class PreparedBlock:
     """A block: self-attention, attention over a memory if there is one, a feed-forward."""
 
     def __init__(self, block: Block, packer: Packer) -> None:
         self.self_attention = PreparedAttention(block.self_attention, packer)
-        self.around_self_attention = around(block.around_self_attention)
+        self.around_self_attention = PreparedResidual(block.around_self_attention)
+        self.residuals = [self.around_self_attention]
         self.memory = None
         if hasattr(block, "cross_attention"):
             self.memory = PreparedMemory(block.cross_attention, packer)
-            self.around_memory = around(block.around_cross_attention)
-        self.around_feed_forward = around(block.around_feed_forward)
+            self.around_memory = PreparedResidual(block.around_cross_attention)
+            self.residuals.append(self.around_memory)
+        self.around_feed_forward = PreparedResidual(block.around_feed_forward)
+        self.residuals.append(self.around_feed_forward)
         self.feed_forward: PreparedFeedForward | PreparedExperts
         if isinstance(feed := block.feed_forward, PointwiseFeedForward):
             self.feed_forward = PreparedFeedForward.of(feed, packer)
         else:
             self.feed_forward = PreparedExperts(feed, packer)
 
-    def step(self, x: Hidden, parts: Sequence[Part], layer: int, turn: Turn | None) -> Hidden:
+    def step(self, x: Stream, parts: Sequence[Part], layer: int, turn: Turn | None) -> Stream:
         """Rows are the next tokens of texts."""
         x = self.around_self_attention(x, lambda h: self.self_attention.step(h, parts, layer, turn))
         if (attention := self.memory) is not None:
@@ -205,7 +190,7 @@ class PreparedBlock:
             x, feed if isinstance(feed, PreparedFeedForward) else lambda h: feed.step(h, rows)
         )
 
-    def whole(self, x: Hidden, whole: Whole, turn: Turn | None, held: Tensor | None) -> Hidden:
+    def whole(self, x: Stream, whole: Whole, turn: Turn | None, held: Tensor | None) -> Stream:
         """Rows are whole texts."""
         x = self.around_self_attention(x, lambda h: self.self_attention.whole(h, whole, turn, held))
         feed = self.feed_forward
@@ -217,9 +202,15 @@ class PreparedBlock:
 class PreparedStack:
     """An encoder, a decoder, or a decoder-only model without its projection."""
 
-    def __init__(self, stack: Stack, packer: Packer) -> None:
+    def __init__(self, stack: Stack, packer: Packer, *, by_kernels: bool = False) -> None:
         self.stack, self.embedding, self.packer = stack, stack.embedding, packer
         self.blocks = [PreparedBlock(layer, packer) for layer in stack.layers]  # type: ignore[arg-type]  # a ModuleList tells of no kind
+        narrow = by_kernels and packer.used == {"bf16"} and stack.options.experts is None
+        self.reads = torch.bfloat16 if narrow else torch.float32
+        """The type in which a block's products read."""
+        for residual in itertools.chain.from_iterable(block.residuals for block in self.blocks):
+            if by_kernels:
+                residual.compile(self.reads)
         self.embedding_norm, self.final_norm = norm_of(stack.embedding.norm), norm_of(stack.final_norm)
         self.relative = stack.relative
         self.turns = None if stack.embedding.rotary is None else turn_table(stack.embedding.rotary)
@@ -245,9 +236,10 @@ class PreparedStack:
         x = at_least(x, self.packer.least_rows)
         if self.relative is not None:
             parts = [part._replace(place=self.relatively(part.place)) for part in parts]
+        stream = Stream(x, x.to(self.reads))
         for number, block in enumerate(self.blocks):
-            x = block.step(x, parts, number, turn)
-        return self.finish(at_most(x, len(tokens)))
+            stream = block.step(stream, parts, number, turn)
+        return self.finish(at_most(stream.full, len(tokens)))
 
     def relatively(self, place: Place) -> Place:
         """A place whose bias knows of relative positions."""
@@ -263,9 +255,10 @@ class PreparedStack:
         if self.relative is not None:
             bias = bias + self.relative(places[None], places[None])
         whole = Whole(texts, length, bias)
+        stream = Stream(x, x.to(self.reads))
         for number, block in enumerate(self.blocks):
-            x = block.whole(x, whole, turn, None if held is None else held[:, number])
-        return self.finish(x)
+            stream = block.whole(stream, whole, turn, None if held is None else held[:, number])
+        return self.finish(stream.full)
 
     def finish(self, x: Hidden) -> Hidden:
         """What stands before the projection, of what the last block gives."""
@@ -293,11 +286,19 @@ class Prepared:
     """A model ready to decode: its stacks and the projection to the vocabulary, where `banned` tokens get −∞."""
 
     def __init__(
-        self, model: Transformer | DecoderLLM, precision: Precision = "fp32", banned: Sequence[int] = ()
+        self,
+        model: Transformer | DecoderLLM,
+        precision: Precision = "fp32",
+        banned: Sequence[int] = (),
+        *,
+        by_kernels: bool = False,
     ) -> None:
-        packer = Packer(precision)
-        self.encoder = PreparedStack(model.encoder, packer) if isinstance(model, Transformer) else None
-        self.decoder = PreparedStack(model.decoder if isinstance(model, Transformer) else model, packer)
+        packer, self.by_kernels = Packer(precision), by_kernels
+        self.encoder = None
+        if isinstance(model, Transformer):
+            self.encoder = PreparedStack(model.encoder, packer, by_kernels=by_kernels)
+        decoder = model.decoder if isinstance(model, Transformer) else model
+        self.decoder = PreparedStack(decoder, packer, by_kernels=by_kernels)
         weight, bias = filled_up_projection(model.projection, banned)
         self.has_bias, self.never = model.projection.bias is not None, bias.isneginf().nonzero()[:, 0]
         self.head = pack(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
@@ -336,19 +337,44 @@ class Prepared:
             yield Powers(  # of which nothing is kept here, so that the next part can take its memory
                 at_most(self.powers.narrow(at_least(some, self.powers.least_rows), "sigmoid"), len(own)),
                 partial(self._logits_of, own),
+                of_blocks_by_kernel if self.by_kernels else of_blocks,
             )
 
     def _logits_of(self, hidden: Hidden, rows: Int[Tensor, " some"]) -> Float[Tensor, "some filled_up_vocab"]:
         return self.logits(hidden[rows])
 
-    def hold(self, rows: int, most: int, beam: int | None = None) -> Held:
-        """Room for `rows` texts of at most `most` tokens; of sentences with `beam` hypotheses each, for all of them."""
+    def hold(self, rows: int, most: int) -> Held:
+        """Room for `rows` texts of at most `most` tokens."""
+        return self._hold(rows, most, 1, QUERIES)
+
+    def hold_hypotheses(self, sentences: int, most: int, beam: int) -> Held | Pages:
+        """Room for `beam` hypotheses of each sentence, of at most `most` tokens."""
+        stack, attention = self.decoder.stack, self.decoder.blocks[0].self_attention
+        if self.by_kernels:
+            self._check_length(most)
+            dtype = attention.comes_in(self.decoder.turns)
+            return Pages(len(stack.layers), sentences, stack.num_kv_heads, stack.head_dim, dtype)
+        return self._hold(sentences, most, beam, beam * attention.heads // stack.num_kv_heads)
+
+    def _hold(self, rows: int, most: int, beam: int, queries: int) -> Held:
+        stack = self.decoder.stack
+        self._check_length(most)
+        sizes = len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * beam, queries
+        return Held(*sizes, stack.options.window)
+
+    def _check_length(self, most: int) -> None:
         stack = self.decoder.stack
         require(most <= stack.max_seq_length, "length", f"at most {stack.length_name} ({stack.max_seq_length})", most)
-        groups = self.decoder.blocks[0].self_attention.heads // stack.num_kv_heads
-        queries = QUERIES if beam is None else beam * groups
-        sizes = len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, most * (beam or 1), queries
-        return Held(*sizes, stack.options.window)
+
+    def memory(
+        self, both: Float[Tensor, "2 layers sentences kv_heads length width"], bias: Tensor
+    ) -> Memory | PagedMemory:
+        """What sentences attend to, as it is held."""
+        attention = self.decoder.blocks[0].memory
+        assert attention is not None
+        if not self.by_kernels:
+            return Memory(both, bias)
+        return PagedMemory(Pages.of(both, attention.head_dim, attention.comes_in), bias)
 
     def encode(
         self, sources: Sequence[Sequence[int]], length: int

@@ -13,6 +13,7 @@ from triglot.decoding.speculation import Draft, NGrams
 from triglot.errors import ConfigError, DataError, require
 from triglot.generation.captured import Captured, can_be_captured
 from triglot.generation.compiled import Compiled
+from triglot.generation.compiler import cpp_compiler
 from triglot.generation.drafts import ModelDraft
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
@@ -67,11 +68,13 @@ class Ready:
             self._check_compiles()
 
     def _check_compiles(self) -> None:
-        fits = self._can_be_captured or (self._can_be_prepared and isinstance(self.model, DecoderLLM))
-        rule = "left out unless the model is a decoder-only one, on a processor in fp32, or on a GPU without experts"
-        require(fits, "compiled", rule, True, ConfigError)
-        rule = "fp32, bf16 or int8 where `compiled` is set"
-        require(self.precision != "int4", "precision", rule, self.precision, ConfigError)
+        rule = "left out unless the model is on a processor, in fp32, or a decoder-only one on a GPU, without experts"
+        require(self._can_be_captured or self._can_be_prepared, "compiled", rule, True, ConfigError)
+        if self._can_be_prepared:
+            cpp_compiler()
+        if isinstance(self.model, DecoderLLM):
+            rule = "fp32, bf16 or int8 where texts are `compiled`"
+            require(self.precision != "int4", "precision", rule, self.precision, ConfigError)
 
     @cached_property
     def compiled(self) -> Compiled | None:
@@ -90,15 +93,16 @@ class Ready:
         """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
         if not self._can_be_prepared:
             return None
-        return Prepared(self.model, self.precision, self._never)
+        by_kernels = self._compiles and isinstance(self.model, Transformer)
+        return Prepared(self.model, self.precision, self._never, by_kernels=by_kernels)
 
     @property
     def multiplies_in(self) -> str:
         """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections.
 
-        Compiled, all weights are what was asked for.
+        Compiled, all weights of a decoder-only model are what was asked for.
         """
-        if self._compiles and self._can_be_prepared:
+        if self._compiles and self._can_be_prepared and isinstance(self.model, DecoderLLM):
             return self.precision
         if (prepared := self.prepared) is not None:
             return " and ".join(one for one in get_args(Precision) if one in prepared.used)

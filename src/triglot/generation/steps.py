@@ -14,8 +14,8 @@ from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Chooser, Decoded, Scaled, gather, stream_in_parts
 from triglot.errors import DeadEndError
-from triglot.generation.attention import Memory, Part
-from triglot.generation.held import LENGTH, Held, Place, held_width, keep_rows
+from triglot.generation.attention import Part
+from triglot.generation.held import LENGTH, Held, Place, held_width
 from triglot.generation.prepared import Prepared
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.masks import create_look_ahead_mask
@@ -42,8 +42,8 @@ class Sentences:
 
     def __init__(self, prepared: Prepared, sources: Sequence[Sequence[int]], beam: int, most: int) -> None:
         self.prepared, self.beam, self.width, self.count = prepared, beam, 1, 0
-        self.held = prepared.hold(len(sources), most, beam)
-        self.memory, self.bias = encode(prepared, sources)
+        self.held = prepared.hold_hypotheses(len(sources), most, beam)
+        self.memory = prepared.memory(*encode(prepared, sources))
         self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
         """Which places of its row belong to a hypothesis."""
         self.written = torch.zeros(self.held.rows, 0, dtype=torch.long)
@@ -54,7 +54,7 @@ class Sentences:
 
     def part(self) -> Part:
         """What attention needs to know of the hypotheses' next tokens, which are counted as read."""
-        part = Part(self._place(), self.held, Memory(self.memory[0], self.memory[1], self.bias, self.width))
+        part = Part(self._place(), self.held, self.memory)
         self.count += 1
         return part
 
@@ -79,7 +79,7 @@ class Sentences:
         self.own, self.written = self.own[kept[:, None], chosen % self.width], self.written[kept]
         if len(kept) < self.held.rows or not kept.equal(torch.arange(len(kept))):
             self.held.keep(kept)
-            self.memory, self.bias = keep_rows(self.memory, 2, kept), keep_rows(self.bias, 0, kept)
+            self.memory = self.memory.keep(kept)
         self.width = self.beam
 
 

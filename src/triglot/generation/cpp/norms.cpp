@@ -1,0 +1,33 @@
+// LayerNorm(x + added) (Ba et al. 2016, eq. 4), a row after another: `norms.py` compiles this for one model.
+//
+// Given: WIDTH, a multiple of LANES, and the types Added and Read, float or BFloat16.
+
+#include <cmath>
+
+#include "vectors.h"
+
+extern "C" void normalise(const float* x, const Added* added, const float* weight, const float* bias, float eps,
+                          float* full, Read* read, int64_t first, int64_t last) {
+    constexpr int CHUNKS = WIDTH / LANES;
+    for (int64_t row = first; row < last; row++) {
+        Floats rows[CHUNKS], sum{}, squares{};
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int64_t at = row * WIDTH + chunk * LANES;
+            rows[chunk] = load(x + at);
+            if (added) rows[chunk] += load(added + at);
+            sum += rows[chunk];
+        }
+        const float mean = total(sum) / WIDTH;
+        for (Floats& some : rows) {
+            some -= mean;
+            squares += some * some;
+        }
+        const float scale = 1 / std::sqrt(total(squares) / WIDTH + eps);
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int64_t at = row * WIDTH + chunk * LANES;
+            const Floats normed = rows[chunk] * scale * load(weight + chunk * LANES) + load(bias + chunk * LANES);
+            if (full) store(full + at, normed, LANES);
+            if (read) store(read + at, normed, LANES);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+"""Kernels of ours in C++ (the folder `cpp`), each compiled for the sizes of one model: what a compiled search calls.
+
+They are for what a processor does between products: what takes PyTorch some operations, each of them through memory,
+takes a kernel one, in the cache. A row, or a sentence, is read after another, so that its bits are its own.
+"""
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triglot.errors import ConfigError, require
+from triglot.generation.compiler import becoming, cpp_compiler, kept
+
+FOLDER = Path(__file__).with_name("cpp")
+LANES = 16
+"""Numbers that kernels compute side by side."""
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -shared -fPIC"
+TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16"}
+GRAIN = 64
+"""Rows that are worth a thread."""
+Kernel = Callable[..., None]
+
+
+@cache
+def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
+    """The function `name` of a file, compiled with what is `given`, in a second, unless it was before.
+
+    Of `types` there is a letter for each argument: p for a tensor, or None, n for a whole number, f for another one.
+    """
+    flags = FLAGS.split() + [f"-D{key}={TYPES.get(value, value)}" for key, value in given.items()]
+    code = "".join(path.read_text() for path in sorted(FOLDER.iterdir()))
+    path = kept(f"{source}{flags}{code}", ".so")
+    if not path.exists():
+        with becoming(path) as made:
+            command = [cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
+            told = subprocess.run(command, capture_output=True, text=True)
+            rule = f"left out where the C++ compiler does not take its kernels:\n{told.stderr}\n"
+            require(told.returncode == 0, "compiled", rule, True, ConfigError)
+    run = getattr(ctypes.CDLL(str(path)), name)
+    run.restype = None
+    run.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}[letter] for letter in types]
+    return run
+
+
+def address(x: Tensor | None) -> int | None:
+    """What a kernel is given of a tensor, which has to outlive the call."""
+    return None if x is None else x.data_ptr()
+
+
+def in_shares(rows: int, work: Callable[[int, int], Any]) -> None:
+    """Have `work` done from one row up to another, by as many threads as PyTorch has where there is enough."""
+    threads = min(torch.get_num_threads(), rows // GRAIN)
+    if threads <= 1:
+        work(0, rows)
+        return
+    ends = [rows * number // threads for number in range(threads + 1)]
+    list(_threads(threads).map(work, ends[:-1], ends[1:]))
+
+
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number)
