@@ -30,6 +30,9 @@ WARNS_OF_ITSELF = [
 ]
 """Marks of tests in which torch's compiler runs, which warns of what it does itself."""
 
+HAS_COMPILER = shutil.which("g++") is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here")
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "document": {},
     "pre": {"norm_order": "pre"},

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import triglot
+from tests.conftest import needs_compiler
 from triglot.recipe import from_dict, to_dict
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -255,6 +256,17 @@ def test_compiled_texts_come_from_what_was_compiled(folder, monkeypatch):
 
     monkeypatch.setattr("triglot.generation.compiled.compile_module", refused)
     assert "the compiler was asked" in refuse("generate", folder / "writer", "--compiled", "--device", "cpu")
+
+
+@needs_compiler
+def test_translations_by_kernels_are_those_without(folder, tmp_path):
+    (lines := tmp_path / "lines").write_text("7 ab\n\nb a 2\n", encoding="utf-8")
+    how = ("translate", folder / "translator", lines, "--tag", "up", "--device", "cpu", "--json")
+    plain = [json.loads(line) for line in succeed(*how).splitlines()]
+    ours = [json.loads(line) for line in succeed(*how, "--compiled").splitlines()]
+    for [one], [other] in zip(ours, plain, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["log_probs"] == pytest.approx(other["log_probs"], abs=1e-4)
 
 
 def test_what_cannot_be_compiled_is_refused_by_its_option(folder):

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree
 
-from tests.conftest import WARNS_OF_ITSELF
+from tests.conftest import HAS_COMPILER, WARNS_OF_ITSELF, needs_compiler
 from triglot.config import BlockOptions, ExpertOptions
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Scored, generate
 from triglot.errors import ConfigError
-from triglot.generation import aot, compiled
+from triglot.generation import aot, compiled, compiler
 from triglot.generation.compiled import Compiled, start_compiled
 from triglot.generation.one_token import Head, WholeLinear, row_linear
 from triglot.generation.prepared import Prepared
@@ -62,7 +62,7 @@ def uncompiled(monkeypatch):
 @pytest.fixture(scope="module")
 def code(tmp_path_factory):
     """Compiles into a folder of its own."""
-    if not shutil.which("g++"):
+    if not HAS_COMPILER:
         pytest.skip("there is no C++ compiler here")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("code")))
@@ -239,6 +239,7 @@ def test_texts_are_read_alone_where_code_for_several_takes_other_sums(part, diff
     assert compiled.group_sizes(3, made) == ([1, 1, 1] if together == 1 else [together])
 
 
+@needs_compiler
 def test_an_engine_writes_by_compiled_code_where_it_is_asked_to(make, monkeypatch):
     plain = make("decoder_only")
     monkeypatch.setattr(compiled, "compile_module", interpreted)
@@ -250,18 +251,13 @@ def test_an_engine_writes_by_compiled_code_where_it_is_asked_to(make, monkeypatc
     assert "".join(engine.stream("abc", seed=0, **asked | {"n": 1})) == found[0].text
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "told"),
-    [
-        ("encoder_decoder", {}, "`compiled` must be left out unless the model is a decoder-only one"),
-        ("decoder_only", {"precision": "int4"}, "`precision` must be fp32, bf16 or int8 where `compiled` is set"),
-    ],
-)
-def test_what_cannot_be_compiled_is_refused_before_work(make, kind, changes, told):
-    with pytest.raises(ConfigError, match=told):
-        make(kind, compiled=True, **changes)
+@needs_compiler
+def test_four_bits_are_not_compiled(make):
+    with pytest.raises(ConfigError, match="`precision` must be fp32, bf16 or int8 where texts are `compiled`"):
+        make("decoder_only", compiled=True, precision="int4")
 
 
+@needs_compiler
 def test_guesses_are_refused(make):
     with pytest.raises(ConfigError, match="`speculate` must be 0 where `compiled` is set, but is 2"):
         make("decoder_only", compiled=True).generate(["a"], speculate=2)
@@ -274,7 +270,7 @@ def test_sums_of_whole_numbers_become_vectors(experts, tmp_path, monkeypatch):
         pytest.skip("there is no objdump here, or it would show another processor's names")
     layer, inputs = WholeLinear(torch.randn(*experts, 64, 64), None), [torch.randn(1, 1, 64)]
     inputs += [torch.tensor([1]) for _ in experts]
-    monkeypatch.setattr(aot, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiler, "_folder", lambda: tmp_path)
     run = aot.bound(aot.compile_module(layer, tuple(inputs), (None,) * len(inputs), 2**13), layer)
     torch.testing.assert_close(run(inputs)[0], layer(*inputs))
     (package,) = tmp_path.glob("*.pt2")
@@ -285,8 +281,8 @@ def test_sums_of_whole_numbers_become_vectors(experts, tmp_path, monkeypatch):
     assert "pmaddwd" in code or "pdpwssd" in code
 
 
-@pytest.mark.usefixtures("code")
-def test_a_machine_without_a_compiler_is_told(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
-    with pytest.raises(ConfigError, match=r"`compiled` must be left out where there is no C\+\+ compiler"):
-        Compiled(make_model(replace(LLAMA, activation="geglu_tanh")), "fp32").code(1)
+@pytest.mark.parametrize("kind", ["decoder_only", "encoder_decoder"])
+def test_a_machine_without_a_compiler_is_told_before_work(make, kind):
+    there_is_none = torch._inductor.config.patch({"cpp.cxx": ("no-compiler-of-this-name",)})
+    with there_is_none, pytest.raises(ConfigError, match=r"`compiled` must be left out where there is no C\+\+ comp"):
+        make(kind, compiled=True)

@@ -1,24 +1,25 @@
 """Kernels in C++ compute what PyTorch's operations do, and give a row the same bits in any company."""
 
 import math
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from triglot.decoding.sampling import BLOCK, of_blocks
+from tests.conftest import needs_compiler
+from triglot.decoding.sampling import largest
 from triglot.errors import ConfigError
 from triglot.generation import kernels
 from triglot.generation.paged import LANES, New, Pages
-from triglot.generation.powers import of_blocks_by_kernel
 from triglot.generation.residual import NormKernel
+from triglot.generation.top import TopKernel
 from triglot.layers.attend import FORBIDDEN
+from triglot.layers.packed import multiplies_tiles
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
+pytestmark = needs_compiler
 HALF = torch.finfo(torch.bfloat16).eps / 2
 """What rounding to bf16 may change."""
 TYPES = [torch.float32, torch.bfloat16]
@@ -44,6 +45,16 @@ def made(sentences: int, hypotheses: int, pages: int, size: tuple[int, int, int]
     shown = shown & (torch.rand(sentences, hypotheses, pages, LANES, generator=draw) < 0.7)
     shown = shown.flatten(2).scatter(2, places[..., None], True)
     return held, query, New(key, value, places), torch.where(shown, 0.0, FORBIDDEN)[:, None]
+
+
+def pages_of(held, dtype):
+    """What is held, in pages, some of them full."""
+    _, layers, sentences, kv_heads, _, head_dim = held.shape
+    pages = Pages(layers, sentences, kv_heads, head_dim, dtype)
+    for layer, both in enumerate(held.unbind(1)):
+        for rows in (slice(0, 1), slice(1, sentences)):
+            pages.fill(layer, rows, both[:, rows])
+    return pages
 
 
 def by_torch(held, query, new, bias, layer):
@@ -72,7 +83,7 @@ def test_attention_to_pages_is_attention(sentences, hypotheses, pages, size, dty
     held, query, new, bias = made(sentences, hypotheses, pages, size, dtype, seed)
     if by_head:
         bias = bias.mT.contiguous().mT + torch.randn(1, size[0], 1, 1)  # in another order in memory
-    expected, paged = by_torch(held, query, new, bias, 2), Pages.of(held, size[2], dtype)
+    expected, paged = by_torch(held, query, new, bias, 2), pages_of(held, dtype)
     for written in TYPES:
         found = paged.attend(2, query, bias, written, new)
         exact = written == torch.float32
@@ -85,9 +96,9 @@ def test_attention_to_pages_is_attention(sentences, hypotheses, pages, size, dty
 @given(*shapes, st.data())
 def test_a_sentence_attends_to_its_pages_in_any_company(sentences, hypotheses, pages, size, dtype, seed, data):
     held, query, new, bias = made(sentences, hypotheses, pages, size, dtype, seed)
-    together = Pages.of(held, size[2], dtype).attend(1, query, bias, torch.float32, new)
+    together = pages_of(held, dtype).attend(1, query, bias, torch.float32, new)
     kept = data.draw(st.permutations(range(sentences)))[: data.draw(st.integers(1, sentences))]
-    paged, rows = Pages.of(held, size[2], dtype), torch.arange(sentences * hypotheses).view(sentences, -1)[kept]
+    paged, rows = pages_of(held, dtype), torch.arange(sentences * hypotheses).view(sentences, -1)[kept]
     paged.keep(torch.tensor(kept))
     some = New(new.key[rows.flatten()], new.value[rows.flatten()], new.places[kept])
     more = F.pad(bias[kept], (0, data.draw(st.integers(0, 2)) * LANES), value=FORBIDDEN)
@@ -100,10 +111,10 @@ def test_what_is_far_below_weighs_nothing_and_what_is_no_number_stays_none():
     bias[..., 1:], bias[..., 0] = -81.0, 0.0
     held[:, 2] = 0  # scores are what is added to them
     held[1, 2, :, :, 0], query[:] = 1.0, 0.0
-    paged = Pages.of(held, SIZES[0][2], torch.float32)
+    paged = pages_of(held, torch.float32)
     assert paged.attend(2, query, bias, torch.float32).eq(1).all()
     query[0, 0, 0] = math.nan
-    paged = Pages.of(torch.ones_like(held), SIZES[0][2], torch.float32)
+    paged = pages_of(torch.ones_like(held), torch.float32)
     found = paged.attend(2, query, bias, torch.float32).view(1, SIZES[0][0], -1)
     assert found[0, 0].isnan().all()
     assert not found[0, 1:].isnan().any()
@@ -127,45 +138,101 @@ def test_norms_are_layer_norm(rows, width, of_added, dtype, scale):
         assert found.full.equal(torch.cat(alone))
 
 
+TILED = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(not multiplies_tiles(), reason="this processor multiplies no tiles")
+)
+either_type = pytest.mark.parametrize("dtype", [torch.float32, TILED])
+COUNTS = [1, 6]
+
+
+def head(dtype, inputs: int = 24, blocks: int = 3, whole: bool = False):
+    """A projection, some tokens of which never come, and its kernel; whole numbers make ties."""
+    draw = torch.Generator().manual_seed(blocks)
+    weight, bias = torch.randn(blocks * 128, inputs, generator=draw), torch.randn(blocks * 128, generator=draw)
+    weight, bias = (weight.round(), bias.round()) if whole else (weight, bias)
+    bias[[0, 130]] = -math.inf
+    weight = weight.to(dtype).float()
+    return (lambda rows: rows.to(dtype).float() @ weight.T + bias), TopKernel(weight, bias, dtype)
+
+
+def rows_of(number: int, inputs: int = 24, seed: int = 0) -> torch.Tensor:
+    return torch.randn(number, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def unasked(_):
+    pytest.fail("these are near enough to 0")
+
+
+@either_type
 @few
-@given(st.integers(1, 40), st.integers(1, 4))
-def test_blocks_of_powers_are_read_once_for_both(rows, blocks):
-    powers = torch.rand(rows, blocks * BLOCK, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
-    found, (maxima, sums) = of_blocks_by_kernel(powers), of_blocks(powers)
-    assert found[0].equal(maxima)
-    torch.testing.assert_close(found[1], sums, rtol=2 * HALF, atol=0)
-    exact = powers.float().view(rows, -1, BLOCK).sum(2)
-    torch.testing.assert_close(found[1, :rows], exact)
-    alone = torch.cat([of_blocks_by_kernel(row[None])[:, :1] for row in powers], 1)
-    assert found[:, :rows].equal(alone)
+@given(st.integers(1, 70), st.sampled_from([24, 64]), st.sampled_from(COUNTS), st.booleans())
+def test_the_likeliest_tokens_are_the_largest_logits(dtype, rows, inputs, count, whole):
+    logits, kernel = head(dtype, inputs, whole=whole)
+    hidden = rows_of(rows, inputs)
+    hidden = hidden.round() if whole else hidden
+    found, expected = kernel(hidden, count, unasked), logits(hidden)
+    values, ids = largest(expected, count)  # ties by lower id
+    torch.testing.assert_close(found.values, values, rtol=1e-5, atol=1e-5)
+    assert found.ids.equal(ids)
+    torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1), rtol=1e-5, atol=1e-5)
+    assert (found.values[:, :1] <= found.normaliser).all()
+
+
+@either_type
+@few
+@given(st.integers(1, 70), st.randoms(use_true_random=False), st.sampled_from(COUNTS), st.integers(1, 3))
+def test_a_rows_likeliest_tokens_are_its_own_in_any_company(dtype, rows, draw, count, threads):
+    _, kernel = head(dtype)
+    hidden, order = rows_of(rows), draw.sample(range(rows), draw.randint(1, rows))
+    together, before = kernel(hidden, count, unasked), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "GRAIN", 1)
+            some = kernel(hidden[order], count, unasked)
+    finally:
+        torch.set_num_threads(before)
+    for name in ("values", "ids", "normaliser"):
+        assert getattr(some, name).equal(getattr(together, name)[order])
+
+
+@either_type
+def test_rows_whose_logits_are_far_from_0_are_made_anew(dtype):
+    logits, kernel = head(dtype)
+    hidden = torch.stack([rows_of(1)[0] * by for by in (1.0, 1e3, 1.0, 30.0)])
+    expected = logits(hidden)
+    asked = []
+    found = kernel(hidden, 6, lambda some: asked.append(some) or expected[some])
+    assert [some.tolist() for some in asked] == [[1, 3]]
+    torch.testing.assert_close(found.values, largest(expected, 6)[0])
+    torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1))
+
+
+@either_type
+def test_where_less_tokens_are_possible_the_others_are_not(dtype):
+    weight, bias = torch.randn(128, 24), torch.full((128,), -math.inf)
+    bias[[3, 7]] = 0.0
+    kernel = TopKernel(weight, bias, dtype)
+    found = kernel(hidden := rows_of(2), 6, unasked)
+    assert found.ids[:, :2].sort(1).values.tolist() == [[3, 7]] * 2
+    assert found.values[:, 2:].isneginf().all()
+    hidden[1, 0] = math.nan
+    again = kernel(hidden, 6, lambda some: hidden[some] @ weight.T + bias)
+    assert again.values[0].equal(found.values[0])
+    assert (again.values[1] - again.normaliser[1])[0].isnan()
 
 
 @few
 @given(st.integers(0, 400), st.integers(1, 9))
-@example(kernels.GRAIN * 2, 2)
-@example(kernels.GRAIN * 2 - 1, 2)
-def test_threads_share_all_rows(rows, threads):
-    seen, before = [], torch.get_num_threads()
+def test_threads_are_as_many_as_pay(rows, threads):
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        kernels.in_shares(rows, lambda first, last: seen.append((first, last)))
+        assert kernels.threads_for(rows) == max(1, min(threads, rows // kernels.GRAIN))
     finally:
         torch.set_num_threads(before)
-    assert sorted(row for first, last in seen for row in range(first, last)) == list(range(rows))
-    assert len(seen) == max(1, min(threads, rows // kernels.GRAIN))
 
 
 def test_what_the_compiler_says_of_a_kernel_is_told():
     with pytest.raises(ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler does not take"):
         kernels.kernel("norms.cpp", "normalise", "p", WIDTH=16, Added="no type", Read="float")
-
-
-def test_an_error_of_a_thread_is_an_error(monkeypatch):
-    monkeypatch.setattr(kernels, "GRAIN", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(ZeroDivisionError):
-            kernels.in_shares(4, lambda first, last: 1 / first)
-    finally:
-        torch.set_num_threads(before)

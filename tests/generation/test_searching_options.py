@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import triglot
+from tests.conftest import needs_compiler
 from triglot import checkpoint
 from triglot.config import GenerationConfig
 from triglot.decoding.beam import BeamSearch
@@ -268,6 +269,14 @@ def test_several_processes_find_what_one_does(folder, run):
         assert several.translate([]) == []
     finally:
         several.close()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_workers_search_as_they_are_told(folder, compiled):
+    search = sentences.worker_search(folder, "best", "bf16", compiled)
+    ready = search.args[0]
+    assert ready.prepared.by_kernels == compiled
+    assert ready.precision == "bf16"
 
 
 def test_shares_of_workers_know_their_own_requests(translator, monkeypatch):

@@ -1,8 +1,8 @@
 """A prepared decoder computes what its model computes, and gives each row the same bits in any company."""
 
 import itertools
+import math
 import random
-import shutil
 from dataclasses import replace
 from functools import cache, partial
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import HAS_COMPILER, needs_compiler
 from triglot.config import BlockOptions
 from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
@@ -20,7 +21,7 @@ from triglot.generation.prepared import SHIFT, Prepared, filled_up_projection
 from triglot.generation.steps import Sentences, SentenceSteps, search, start_texts
 from triglot.layers.linear import has_onednn
 from triglot.layers.masks import create_padding_mask
-from triglot.layers.packed import multiplies_int8, pack
+from triglot.layers.packed import multiplies_int8, multiplies_tiles, pack
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 
@@ -40,7 +41,7 @@ def make_language_model(options) -> DecoderLLM:
     return DecoderLLM(VOCAB, 24, 4, 3, 40, LONGEST, options=options).eval()
 
 
-KERNELS = [False, True] if shutil.which("g++") else [False]
+KERNELS = [False, True] if HAS_COMPILER else [False]
 by_kernels = pytest.mark.parametrize("by_kernels", KERNELS)
 
 
@@ -158,6 +159,45 @@ def test_a_search_over_logits_that_are_still_to_be_scaled_finds_what_one_over_al
         assert max(ours.log_probs) <= 0
 
 
+# The likeliest tokens alone
+
+IN_KERNELS = ["fp32", "bf16"] if multiplies_tiles() else ["fp32"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", IN_KERNELS)
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_search_by_kernels_finds_what_one_by_operations_does(precision, beam):
+    sources, how = texts(5, 12), BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam)
+    model = with_powers(20.0)  # of unlike logits, which rounding does not exchange
+    ours, others = (Prepared(model, precision, (PAD, BOS), by_kernels=by_kernels) for by_kernels in (True, False))
+    assert ours.top is not None
+    assert others.top is None
+    found, expected = (search(one, sources, [20] * 12, how, BOS) for one in (ours, others))
+    alike, exact = 0, precision == "fp32"
+    for one, other in zip(found, expected, strict=True):
+        alike += (same := [text.ids for text in one] == [text.ids for text in other])
+        if same:
+            for text, as_known in zip(one, other, strict=True):
+                assert text.log_probs == pytest.approx(as_known.log_probs, abs=1e-3 if exact else 0.5)
+    assert alike == 12 if exact else alike > 6
+
+
+@needs_compiler
+@pytest.mark.parametrize("scored", [True, False])
+def test_greedy_search_by_kernels_tells_log_p_where_it_is_wanted(scored):
+    prepared = Prepared(with_powers(), "fp32", (PAD, BOS), by_kernels=True)
+    how = BeamSearch(beam=1, eos_ids=[EOS], scored=scored)
+    ruled = replace(how, banned=[3], scored=True)  # which wants all logits
+    for [text], [other] in zip(
+        *(search(prepared, texts(5, 9), [12] * 9, one, BOS) for one in (how, ruled)), strict=True
+    ):
+        assert all(map(math.isnan, text.log_probs)) != scored
+        if scored and 3 not in text.ids:
+            assert text.ids == other.ids
+            assert 3 not in other.ids
+
+
 # Powers in the place of logits
 
 
@@ -173,8 +213,8 @@ def with_powers(scale: float = 1.0) -> Transformer:
 SCALES = 15.0, 200.0
 
 
-def prepared_for_powers(scale: float) -> Prepared:
-    return Prepared(with_powers(scale), "bf16", (PAD, BOS))
+def prepared_for_powers(scale: float, precision: str = "bf16", by_kernels: bool = False) -> Prepared:
+    return Prepared(with_powers(scale), precision, (PAD, BOS), by_kernels=by_kernels)
 
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="PyTorch was built without oneDNN")
@@ -272,6 +312,13 @@ def continuations(name: str, precision: str, prompts: list[list[int]], seeds: li
     return generate(first, steps, sampler, limits, eos_ids=[EOS], generator=generators)
 
 
+FOR_POWERS = [partial(prepared_for_powers, scale) for scale in SCALES]
+FOR_KERNELS = [
+    partial(prepared_for_powers, scale, precision, by_kernels=True)
+    for scale in SCALES
+    for precision in IN_KERNELS
+    if True in KERNELS
+]
 requests = st.lists(st.tuples(st.integers(0, 9999), st.integers(1, 40)), min_size=1, max_size=9)
 
 
@@ -289,9 +336,11 @@ def test_a_translation_is_the_same_bits_in_any_company(asked, draw, name, precis
     assert mixed == [alone[row] for row in order]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "by_kernels"),
+    [(precision, False) for precision in PRECISIONS] + [(precision, True) for precision in IN_KERNELS if HAS_COMPILER],
+)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-@by_kernels
 def test_searches_of_unlike_texts_keep_to_the_shapes_that_are_named(name, precision, by_kernels):
     given_texts, limits = [texts(seed, 1)[0] for seed in range(5)], [3, 20, 1, 9, 6]
     for beam in (1, 3):
@@ -307,12 +356,12 @@ def test_searches_of_unlike_texts_keep_to_the_shapes_that_are_named(name, precis
 @given(
     requests,
     st.randoms(use_true_random=False),
-    st.sampled_from([partial(with_many_words, "int8"), *(partial(prepared_for_powers, scale) for scale in SCALES)]),
-    st.sampled_from([2, 5]),
+    st.sampled_from([partial(with_many_words, "int8"), *FOR_POWERS, *FOR_KERNELS]),
+    st.sampled_from([1, 2, 5]),
     st.integers(1, 9),
 )
 def test_a_translation_of_many_words_is_the_same_bits_in_any_company(asked, draw, make, beam, places):
-    """In whole numbers, and by powers."""
+    """In whole numbers, by powers, and by kernels."""
     prepared, how = make(), BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam, patience=1.0)
     sources, limits = [texts(seed, 1)[0] for seed, _ in asked], [limit for _, limit in asked]
     asked_alone = zip(sources, limits, strict=True)

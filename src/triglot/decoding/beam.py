@@ -21,6 +21,7 @@ from triglot.decoding.search import (
     Powers,
     Scaled,
     Steps,
+    Top,
     closed_up,
     in_full,
     limits_of,
@@ -61,6 +62,11 @@ class BeamSearch:
     rules: Sequence[Rule] = ()
     scored: bool = True
     """Whether the log p of texts are wanted where a beam of 1 can do without; NaN where not."""
+
+    @property
+    def candidates(self) -> int:
+        """Continuations of a sentence that a step looks at."""
+        return self.beam * (1 + len(self.eos_ids))
 
     def __post_init__(self) -> None:
         require(self.beam >= 1, "beam", "at least 1", self.beam, ConfigError)
@@ -110,7 +116,7 @@ class Beams:
         self.pools += other.pools
         self.groups += other.groups
 
-    def advance(self, logits: Iterable[Logits]) -> dict[int, list[Decoded]]:
+    def advance(self, logits: Iterable[Logits | Top]) -> dict[int, list[Decoded]]:
         """Go on by a token each; the texts, best first, of those sentences that ended, by request.
 
         Rows are the hypotheses of each sentence, at first one; logits may come in parts, of some sentences each.
@@ -136,19 +142,24 @@ class Beams:
         self.counts += 1
         return self._end(width)
 
-    def _continuations(self, logits: Iterable[Logits]) -> tuple[Tensor, Tensor, Tensor]:
+    def _continuations(self, logits: Iterable[Logits | Top]) -> tuple[Tensor, Tensor, Tensor]:
         """The best of each sentence, `beam` and as many for each end token: scores, hypotheses, tokens.
 
         What is looked at of a part of the logits is taken out while it is in the cache, before the next one is made.
         """
-        first, candidates, count = 0, list[_Candidates](), self.how.beam * (1 + len(self.how.eos_ids))
+        first, candidates, tops = 0, list[_Candidates](), list[Top]()
         for part in logits:
+            if isinstance(part, Top):
+                tops.append(part)
+                continue
             rows, width = len(part), self.scores.size(1)
             scores = self.scores[first // width : (first + rows) // width]
-            candidates.append(_candidates(scores, self._allowed(part, first), count))
+            candidates.append(_candidates(scores, self._allowed(part, first), self.how.candidates))
             first += rows
             del part  # so that the next one takes its place in the cache
-        return _best(candidates, count)
+        if tops:
+            return _best_tokens(self.scores, tops, self.how.candidates)
+        return _best(candidates, self.how.candidates)
 
     def _allowed(self, logits: Logits, first: int) -> Logits:
         """What may come of the logits from row `first` on."""
@@ -259,7 +270,7 @@ def _candidates(scores: Float[Tensor, "sentences width"], logits: Logits, count:
 def _normalise(logits: Logits) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
     """The largest log p of each block, and what logits, or the logarithms of what they become, are above log p."""
     if isinstance(logits, Powers):
-        maxima, normaliser = settle_powers(logits.values, logits.logits, logits.of_blocks)
+        maxima, normaliser = settle_powers(logits.values, logits.logits)
         return maxima.sub_(normaliser), normaliser
     if isinstance(logits, Scaled):
         exponents = logits.values.mul_(logits.scale * PER_LOG)
@@ -279,6 +290,17 @@ def _best(candidates: Sequence[_Candidates], count: int) -> tuple[Tensor, Tensor
     found, place = largest(scores.flatten(1), count)
     number = chosen.gather(1, place // BLOCK)
     return found, number // num_blocks, number % num_blocks * BLOCK + place % BLOCK
+
+
+def _best_tokens(
+    scores: Float[Tensor, "sentences width"], parts: Sequence[Top], count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, of the likeliest tokens of each hypothesis, which are no fewer than `count` unless there are."""
+    log_probs = torch.cat([part.values - part.normaliser for part in parts])
+    of_sentences = log_probs.view(*scores.shape, -1) + scores[..., None]
+    found, place = largest(of_sentences.flatten(1), count)
+    ids = torch.cat([part.ids for part in parts]).view(len(scores), -1)
+    return found, place // of_sentences.size(2), ids.gather(1, place)
 
 
 def _differences(sums: list[float]) -> list[float]:

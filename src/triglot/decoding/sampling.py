@@ -32,8 +32,6 @@ IN_CACHE = 2**17
 """Numbers that are worked on at a time, several times over."""
 ROWS = 16
 """Rows that a GPU adds up at a time."""
-OfBlocks = Callable[[BFloat16[Tensor, "rows whole_blocks"]], Float[Tensor, "2 whole_vectors blocks"]]
-"""Maxima and sums of blocks."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for all rows, one for each row, or torch's own."""
 
@@ -131,7 +129,29 @@ def to_powers(
     return total, total if near else total - off
 
 
-def of_blocks(powers: BFloat16[Tensor, "rows whole_blocks"]) -> Float[Tensor, "2 whole_vectors blocks"]:
+def settle_powers(
+    powers: BFloat16[Tensor, "rows whole_blocks"],
+    logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
+    """The logarithms of the maxima of blocks of powers of e, and of each row's sum.
+
+    Rows whose largest power is too large for σ to have been one, or small enough for others to be missing, are made
+    anew from their logits.
+    """
+    rows, (maxima, sums) = len(powers), _of_blocks(powers)
+    top = maxima[:rows].amax(1)
+    if len(some := ((top < LEAST_POWER) | (top > MOST_POWER)).nonzero()[:, 0]):
+        again = logits(some).float()
+        powers[some] = in_whole_vectors(again.sub_(again.amax(1, keepdim=True)), Tensor.exp_).to(powers.dtype)
+        anew = _of_blocks(powers[some])
+        maxima[some], sums[some] = (found[: len(some)] for found in anew)
+    totals = _ones(maxima[:rows])
+    torch.sum(sums[:rows], 1, keepdim=True, out=totals[:rows])
+    of_blocks = in_whole_vectors(maxima, Tensor.log_)[:rows]
+    return of_blocks, torch.maximum(totals.log_()[:rows], of_blocks.amax(1, keepdim=True))
+
+
+def _of_blocks(powers: BFloat16[Tensor, "rows whole_blocks"]) -> Float[Tensor, "2 whole_vectors blocks"]:
     """Maxima and sums of blocks, of as many rows at a time as stay in a core's cache.
 
     Numbers of 16 bits that are not below 0 are in the order of what those bits are as whole numbers.
@@ -144,29 +164,6 @@ def of_blocks(powers: BFloat16[Tensor, "rows whole_blocks"]) -> Float[Tensor, "2
         torch.amax(blocks.view(torch.int16), 2, out=maxima.view(torch.int16))
         torch.sum(blocks, 2, out=sums)
     return found.float()
-
-
-def settle_powers(
-    powers: BFloat16[Tensor, "rows whole_blocks"],
-    logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
-    of_blocks: OfBlocks = of_blocks,
-) -> tuple[Float[Tensor, "rows blocks"], Float[Tensor, "rows 1"]]:
-    """The logarithms of the maxima of blocks of powers of e, and of each row's sum.
-
-    Rows whose largest power is too large for σ to have been one, or small enough for others to be missing, are made
-    anew from their logits.
-    """
-    rows, (maxima, sums) = len(powers), of_blocks(powers)
-    top = maxima[:rows].amax(1)
-    if len(some := ((top < LEAST_POWER) | (top > MOST_POWER)).nonzero()[:, 0]):
-        again = logits(some).float()
-        powers[some] = in_whole_vectors(again.sub_(again.amax(1, keepdim=True)), Tensor.exp_).to(powers.dtype)
-        anew = of_blocks(powers[some])
-        maxima[some], sums[some] = (found[: len(some)] for found in anew)
-    totals = _ones(maxima[:rows])
-    torch.sum(sums[:rows], 1, keepdim=True, out=totals[:rows])
-    logarithms = in_whole_vectors(maxima, Tensor.log_)[:rows]
-    return logarithms, torch.maximum(totals.log_()[:rows], logarithms.amax(1, keepdim=True))
 
 
 def _ones(rows: Float[Tensor, "rows _"]) -> Float[Tensor, "whole_vectors 1"]:

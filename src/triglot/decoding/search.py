@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from triglot.decoding.rules import Rule, Texts, apply
-from triglot.decoding.sampling import Generators, OfBlocks, Sampler, largest, log_sum_exp, of_blocks
+from triglot.decoding.sampling import Generators, Sampler, largest, log_sum_exp
 from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
 
 Lengths = Literal["power", "gnmt"]
@@ -79,7 +79,19 @@ class Powers:
     """0 where the power is too small for its type, 1 or near it where it may have been too large."""
     logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]]
     """What they are powers of, of some of the rows."""
-    of_blocks: OfBlocks = of_blocks
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Top:
+    """The largest logits of some rows, falling, ties by lower id; −∞ where there are no more."""
+
+    values: Float[Tensor, "rows count"]
+    ids: Int[Tensor, "rows count"]
+    normaliser: Float[Tensor, "rows 1"]
+    """log Σ exp of all of each row."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -194,12 +206,15 @@ class Chooser:
     @torch.inference_mode()
     def __call__(
         self,
-        logits: Float[Tensor, "rows vocab"] | Scored | Scaled,
+        logits: Float[Tensor, "rows vocab"] | Scored | Scaled | Top,
         rows: Sequence[int],
         texts: Texts,
         generator: Generators,
     ) -> Chosen:
         """The next token of each of these rows, after its text; DeadEndError where rules leave it none."""
+        if isinstance(logits, Top):  # which are made where the likeliest of all is wanted
+            own = logits.values[:, :1] - logits.normaliser
+            return Chosen(rows, logits.ids[:, 0], own, scored=self.scored)
         known, greedy = None, self.sampler.temperature == 0
         if isinstance(logits, Scaled):  # what is largest stays so, but for what scaling would round to one
             alone = greedy and not self.scored and not self.banned and not self.rules
@@ -287,8 +302,8 @@ def gather(tokens: Iterable[Token], rows: int, eos_ids: Collection[int]) -> list
 
 
 def stream_in_parts(
-    logits: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled],
-    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"] | Scored | Scaled]],
+    logits: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled | Top],
+    step: Callable[[Int[Tensor, " rows"]], Iterable[Float[Tensor, "some vocab"] | Scored | Scaled | Top]],
     select: Callable[[Int[Tensor, " kept"]], None],
     choose: Chooser,
     limits: Sequence[int],
@@ -306,7 +321,7 @@ def stream_in_parts(
     """
     texts: list[list[int]] = [[] for _ in limits]  # kept for rules alone
     live = closed_up([limit > 0 for limit in limits])  # the row that stands at each place of the batch
-    parts: Iterable[Tensor | Scored | Scaled] = logits
+    parts: Iterable[Tensor | Scored | Scaled | Top] = logits
     if 0 < len(live) < len(limits):
         some = one_part(logits)[live]
         parts = [some]
@@ -344,7 +359,9 @@ _in_inference_mode = torch.inference_mode()(stream_in_parts)
 """For whoever takes the tokens outside of it."""
 
 
-def one_part(parts: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled]) -> Float[Tensor, "rows vocab"] | Scored:
+def one_part(
+    parts: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled | Top],
+) -> Float[Tensor, "rows vocab"] | Scored:
     """All rows as one part, none of them to be scaled any more; there is but one that is scored."""
     first, *others = (in_full(part) if isinstance(part, Scaled) else part for part in parts)
     return first if isinstance(first, Scored) else torch.cat([first, *others])  # type: ignore[list-item]  # nor are these

@@ -31,6 +31,11 @@ class Memory(NamedTuple):
     bias: Float[Tensor, "sentences 1 1 length"]
     """What hides padding."""
 
+    def fill(self, layer: int, rows: slice, both: Float[Tensor, "2 some kv_heads length head_dim"]) -> None:
+        """Write what a layer has of some sentences."""
+        own = self.both[:, layer, rows]
+        own[:, :, :, : both.size(3)] = fill_up(both, own.size(4))
+
     def keep(self, rows: Int[Tensor, " kept"]) -> "Memory":
         """Those of these sentences, in this order."""
         return Memory(keep_rows(self.both, 2, rows), keep_rows(self.bias, 0, rows))
@@ -41,6 +46,10 @@ class PagedMemory(NamedTuple):
 
     pages: Pages
     bias: Float[Tensor, "sentences 1 1 length"]
+
+    def fill(self, layer: int, rows: slice, both: Float[Tensor, "2 some kv_heads length head_dim"]) -> None:
+        """Write what a layer has of some sentences."""
+        self.pages.fill(layer, rows, both)
 
     def keep(self, rows: Int[Tensor, " kept"]) -> "PagedMemory":
         """Those of these sentences, in this order."""
@@ -264,12 +273,12 @@ class PreparedMemory:
         packed = isinstance(self.query, PackedFloat) and self.norms is None
         return self.query.dtype if packed else torch.float32
 
-    def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length width"]:
-        """The keys and values of sentences of one length."""
-        both = self.both(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
+    def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length head_dim"]:
+        """The keys and values of sentences of one length, in the type in which they come."""
+        both = self.both.narrow(memory).view(sentences, -1, 2, self.kv_heads, self.head_dim)
         if self.norms is not None:
-            both[:, :, 0] = self.norms[1](both[:, :, 0])
-        return fill_up(both.permute(2, 0, 3, 1, 4), self.width)
+            both = torch.stack([self.norms[1](both[:, :, 0].float()), both[:, :, 1].float()], 2)
+        return both.permute(2, 0, 3, 1, 4)
 
     def step(self, x: Hidden, parts: Sequence[Part], layer: int) -> Hidden:
         """Rows are those of the parts, each of them a hypothesis."""

@@ -7,7 +7,6 @@ takes a kernel one, in the cache. A row, or a sentence, is read after another, s
 import ctypes
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from triglot.generation.compiler import becoming, cpp_compiler, kept
 FOLDER = Path(__file__).with_name("cpp")
 LANES = 16
 """Numbers that kernels compute side by side."""
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -shared -fPIC"
+FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -fopenmp -shared -fPIC"
+ARCHITECTURES = {"AVX2": "x86-64-v3"}
+"""What keeps kernels to the instructions that PyTorch is kept to."""
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16"}
 GRAIN = 64
 """Rows that are worth a thread."""
@@ -34,7 +35,9 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
 
     Of `types` there is a letter for each argument: p for a tensor, or None, n for a whole number, f for another one.
     """
-    flags = FLAGS.split() + [f"-D{key}={TYPES.get(value, value)}" for key, value in given.items()]
+    architecture = ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), "native")
+    flags = [*FLAGS.split(), f"-march={architecture}"]
+    flags += [f"-D{key}={TYPES.get(value, value)}" for key, value in given.items()]
     code = "".join(path.read_text() for path in sorted(FOLDER.iterdir()))
     path = kept(f"{source}{flags}{code}", ".so")
     if not path.exists():
@@ -54,16 +57,6 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def in_shares(rows: int, work: Callable[[int, int], Any]) -> None:
-    """Have `work` done from one row up to another, by as many threads as PyTorch has where there is enough."""
-    threads = min(torch.get_num_threads(), rows // GRAIN)
-    if threads <= 1:
-        work(0, rows)
-        return
-    ends = [rows * number // threads for number in range(threads + 1)]
-    list(_threads(threads).map(work, ends[:-1], ends[1:]))
-
-
-@cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number)
+def threads_for(rows: int) -> int:
+    """How many threads share so many rows: all that PyTorch has, which kernels take part in, or as many as pay."""
+    return max(1, min(torch.get_num_threads(), rows // GRAIN))

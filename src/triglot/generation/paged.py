@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from triglot.generation.kernels import LANES, address, in_shares, kernel
+from triglot.generation.kernels import LANES, address, kernel, threads_for
 from triglot.layers.vectors import round_up
 
 Heads = Float[Tensor, "rows heads head_dim"]
@@ -38,19 +38,6 @@ class Pages:
         self.rows_of = torch.arange(rows)
         """Where each sentence's keys and values are: they stay when others end."""
 
-    @classmethod
-    def of(
-        cls, both: Float[Tensor, "2 layers rows kv_heads length width"], head_dim: int, dtype: torch.dtype
-    ) -> "Pages":
-        """Pages that hold these keys and values; a length is a multiple of LANES."""
-        _, layers, rows, kv_heads, length, _ = both.shape
-        made = cls(layers, rows, kv_heads, head_dim, dtype)
-        made.length_for(length - 1)
-        for page, (keys, values) in zip(made.pages, both[..., :head_dim].to(dtype).split(LANES, 4), strict=True):
-            page[..., : LANES * head_dim] = keys.mT.flatten(3)
-            page[..., LANES * head_dim :].unflatten(3, (LANES, -1))[..., :head_dim] = values
-        return made
-
     @property
     def rows(self) -> int:
         """Sentences."""
@@ -66,6 +53,15 @@ class Pages:
     def at(self, places: Int[Tensor, "sentences hypotheses"]) -> Int[Tensor, "sentences hypotheses"]:
         """Where keys and values of tokens in these places are."""
         return places.contiguous()
+
+    def fill(self, layer: int, rows: slice, both: Float[Tensor, "2 some kv_heads length head_dim"]) -> None:
+        """Write the first keys and values of some sentences."""
+        self.length_for(both.size(3) - 1)
+        for page, (keys, values) in zip(self.pages, both.split(LANES, 3), strict=False):
+            of_keys, of_values = page[layer, rows].tensor_split([LANES * self.head_dim], 2)
+            places = keys.size(2)
+            of_keys.unflatten(2, (-1, LANES))[..., :places] = keys.mT
+            of_values.unflatten(2, (LANES, -1))[:, :, :places, : self.head_dim] = values
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these sentences, in this order."""
@@ -95,7 +91,7 @@ class Pages:
         where = [address(places), pages, bias.size(3) // LANES, address(self.rows_of)]
         others = [address(bias), (ctypes.c_int64 * 4)(*strides), address(output)]
         arguments = list(itertools.chain(*of_rows, where, others))
-        in_shares(self.rows, lambda first, last: run(*arguments, first, last))
+        run(*arguments, self.rows, threads_for(rows))
         return output
 
 

@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
-from triglot.decoding.sampling import of_blocks
-from triglot.decoding.search import Powers, Scaled
+from triglot.decoding.search import Powers, Scaled, Top
 from triglot.errors import require
 from triglot.generation.attention import (
     Memory,
@@ -33,13 +32,23 @@ from triglot.generation.attention import (
 )
 from triglot.generation.held import Held, Place, held_width
 from triglot.generation.paged import Pages
-from triglot.generation.powers import of_blocks_by_kernel
 from triglot.generation.residual import PreparedResidual, Stream, norm_of
+from triglot.generation.top import TopKernel
 from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
-from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
+from triglot.layers.packed import (
+    LEAST_SIZE,
+    Packed,
+    PackedFloat,
+    PackedInt8,
+    Packer,
+    Precision,
+    multiplies_tiles,
+    pack,
+    quantise_rows,
+)
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
 from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
 from triglot.models.decoder_only import DecoderLLM
@@ -305,6 +314,10 @@ class Prepared:
         self.powers = None
         if isinstance(self.head, PackedFloat) and self.head.packed and not self.has_bias:  # which it would round
             self.powers = self.head.with_bias(bias - SHIFT)
+        self.top = None
+        narrow = self.head.precision == "bf16"
+        if by_kernels and (multiplies_tiles() if narrow else self.head.precision == "fp32"):
+            self.top = TopKernel(weight, bias, torch.bfloat16 if narrow else torch.float32)
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
     @property
@@ -330,6 +343,11 @@ class Prepared:
         for some, scale in zip(whole.split(rows), largest.split(rows), strict=True):
             yield Scaled(head.product(some).index_fill_(1, self.never, -math.inf), scale)
 
+    def top_of(self, hidden: Hidden, count: int) -> Top:
+        """The `count` likeliest tokens after each row, where `top` can tell them."""
+        assert self.top is not None
+        return self.top(hidden, count, partial(self._logits_of, hidden))
+
     def powers_in_parts(self, hidden: Hidden, rows: int) -> Iterator[Powers]:
         """The same as powers, where `powers` can: σ(t) = eᵗ / (1 + eᵗ) of a small t is eᵗ, and comes with a product."""
         assert self.powers is not None
@@ -337,7 +355,6 @@ class Prepared:
             yield Powers(  # of which nothing is kept here, so that the next part can take its memory
                 at_most(self.powers.narrow(at_least(some, self.powers.least_rows), "sigmoid"), len(own)),
                 partial(self._logits_of, own),
-                of_blocks_by_kernel if self.by_kernels else of_blocks,
             )
 
     def _logits_of(self, hidden: Hidden, rows: Int[Tensor, " some"]) -> Float[Tensor, "some filled_up_vocab"]:
@@ -366,19 +383,19 @@ class Prepared:
         stack = self.decoder.stack
         require(most <= stack.max_seq_length, "length", f"at most {stack.length_name} ({stack.max_seq_length})", most)
 
-    def memory(
-        self, both: Float[Tensor, "2 layers sentences kv_heads length width"], bias: Tensor
-    ) -> Memory | PagedMemory:
-        """What sentences attend to, as it is held."""
+    def hold_memory(self, sentences: int, length: int) -> Memory | PagedMemory:
+        """Room for what as many sentences are, of which nothing is attended to yet."""
+        bias, stack = torch.full((sentences, 1, 1, length), FORBIDDEN), self.decoder.stack
         attention = self.decoder.blocks[0].memory
         assert attention is not None
-        if not self.by_kernels:
-            return Memory(both, bias)
-        return PagedMemory(Pages.of(both, attention.head_dim, attention.comes_in), bias)
+        layers, kv_heads, head_dim = len(stack.layers), stack.num_kv_heads, stack.head_dim
+        if self.by_kernels:
+            return PagedMemory(Pages(layers, sentences, kv_heads, head_dim, attention.comes_in), bias)
+        return Memory(torch.zeros(2, layers, sentences, kv_heads, length, held_width(head_dim)), bias)
 
     def encode(
         self, sources: Sequence[Sequence[int]], length: int
-    ) -> tuple[list[Float[Tensor, "2 sources kv_heads length width"]], Float[Tensor, "sources 1 1 length"]]:
+    ) -> tuple[list[Float[Tensor, "2 sources kv_heads length head_dim"]], Float[Tensor, "sources 1 1 length"]]:
         """Keys and values that each layer has of sources, and the bias that hides padding."""
         assert self.encoder is not None
         tokens = torch.zeros(len(sources), length, dtype=torch.long)

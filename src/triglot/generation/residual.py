@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from triglot.generation.kernels import LANES, address, in_shares, kernel
+from triglot.generation.kernels import LANES, address, kernel, threads_for
 from triglot.layers.norm import Residual
 from triglot.layers.rms_norm import inverse_rms
 
@@ -75,5 +75,5 @@ class NormKernel:
         full = torch.empty_like(x)
         read = None if self.dtype == x.dtype else torch.empty_like(x, dtype=self.dtype)
         pointers = [address(part) for part in (x, added, self.weight, self.bias, full, read)]
-        in_shares(len(x), lambda first, last: run(*pointers[:4], self.eps, *pointers[4:], first, last))
+        run(*pointers[:4], self.eps, *pointers[4:], len(x), threads_for(len(x)))
         return Stream(full, full if read is None else read)

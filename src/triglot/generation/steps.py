@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,10 @@ from torch import Tensor
 from triglot.decoding.beam import Beams, BeamSearch, Logits
 from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Chooser, Decoded, Scaled, gather, stream_in_parts
+from triglot.decoding.search import Chooser, Decoded, Scaled, Top, gather, stream_in_parts
 from triglot.errors import DeadEndError
-from triglot.generation.attention import Part
-from triglot.generation.held import LENGTH, Held, Place, held_width
+from triglot.generation.attention import Memory, PagedMemory, Part
+from triglot.generation.held import LENGTH, Held, Place
 from triglot.generation.prepared import Prepared
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.masks import create_look_ahead_mask
@@ -43,7 +44,7 @@ class Sentences:
     def __init__(self, prepared: Prepared, sources: Sequence[Sequence[int]], beam: int, most: int) -> None:
         self.prepared, self.beam, self.width, self.count = prepared, beam, 1, 0
         self.held = prepared.hold_hypotheses(len(sources), most, beam)
-        self.memory = prepared.memory(*encode(prepared, sources))
+        self.memory = encode(prepared, sources)
         self.own = torch.zeros(self.held.rows, beam, 0, dtype=torch.bool)
         """Which places of its row belong to a hypothesis."""
         self.written = torch.zeros(self.held.rows, 0, dtype=torch.long)
@@ -101,6 +102,12 @@ class SentenceSteps:
         in_parts = prepared.logits_in_parts if prepared.powers is None else prepared.powers_in_parts
         return in_parts(*self._read(tokens))
 
+    @torch.inference_mode()
+    def step_to_top(self, count: int, tokens: Int[Tensor, " hypotheses"]) -> list[Top]:
+        """The `count` likeliest tokens of each alone, where a kernel tells them."""
+        hidden, _ = self._read(tokens)
+        return [self.prepared.top_of(hidden, count)]
+
     def _read(self, tokens: Int[Tensor, " hypotheses"]) -> tuple[Float[Tensor, "hypotheses d_model"], int]:
         """What stands before the projection, and of how many rows that is to be made at a time."""
         [width] = {group.width for group in self.groups}
@@ -118,26 +125,18 @@ class SentenceSteps:
         self.groups = [group for group in self.groups if len(group)]
 
 
-def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Keys and values [2, layers, sources, kv_heads, length, width], and the bias that hides what fills sources up.
-
-    A source is encoded beside others of its own length, filled up, alone.
-    """
-    stack = prepared.decoder.stack
+def encode(prepared: Prepared, sources: Sequence[Sequence[int]]) -> Memory | PagedMemory:
+    """What hypotheses of sources attend to; a source is encoded beside others of its own length, filled up, alone."""
     lengths = [max(LENGTH, round_up(len(ids), SOURCE)) for ids in sources]
-    most = round_up(max(lengths), LENGTH)
-    sizes = 2, len(stack.layers), len(sources), stack.num_kv_heads, most, held_width(stack.head_dim)
-    memory = torch.empty(sizes)
-    bias = torch.full((len(sources), 1, 1, most), FORBIDDEN)
+    memory = prepared.hold_memory(len(sources), round_up(max(lengths), LENGTH))
     for length, group in itertools.groupby(range(len(sources)), lengths.__getitem__):
         rows, some = list(group), max(1, ENCODED // length)
         for first in range(rows[0], rows[-1] + 1, some):
             at = slice(first, min(first + some, rows[-1] + 1))
-            found, bias[at, :, :, :length] = prepared.encode(sources[at], length)
+            found, memory.bias[at, :, :, :length] = prepared.encode(sources[at], length)
             for layer, of_layer in enumerate(found):
-                memory[:, layer, at, :, :length] = of_layer
-            memory[:, :, at, :, length:] = 0
-    return memory, bias
+                memory.fill(layer, at, of_layer)
+    return memory
 
 
 @torch.inference_mode()
@@ -191,7 +190,13 @@ def search_beams(
     are there, which otherwise, few as they come to be, would have steps of their own.
     """
     waiting, beams, results = list(lengths), Beams({}, how), dict[int, list[Decoded]]()
-    read = SentenceSteps.step if how.banned or how.rules else SentenceSteps.step_to_powers
+
+    def read(steps: SentenceSteps, tokens: Tensor) -> Iterable[Logits | Top]:
+        if how.banned or how.rules:
+            return steps.step(tokens)
+        told = steps.prepared.top is not None
+        return steps.step_to_top(how.candidates, tokens) if told else steps.step_to_powers(tokens)
+
     while waiting or len(beams):
         while waiting and len(beams) <= places // 2:
             some = waiting[: places - len(beams)]
@@ -219,7 +224,9 @@ def greedy(
     """What a beam of 1 finds, without the bookkeeping of beams; rules know the sentences as these requests."""
     rules = [Within(rule, requests) for rule in how.rules]
     choose = Chooser(sampler=Sampler(temperature=0.0), banned=how.banned, rules=rules, scored=how.scored)
-    tokens = stream_in_parts(steps.step(first), steps.step, steps.select, choose, limits, how.eos_ids)
+    told = steps.prepared.top is not None and not how.banned and not how.rules
+    step: Callable[[Tensor], Iterable[Tensor | Scaled | Top]] = partial(steps.step_to_top, 1) if told else steps.step
+    tokens = stream_in_parts(step(first), step, steps.select, choose, limits, how.eos_ids)
     try:
         return [[text] for text in gather(tokens, len(limits), how.eos_ids)]
     except DeadEndError as error:

@@ -7,9 +7,10 @@
 #include "vectors.h"
 
 extern "C" void normalise(const float* x, const Added* added, const float* weight, const float* bias, float eps,
-                          float* full, Read* read, int64_t first, int64_t last) {
+                          float* full, Read* read, int64_t num_rows, int64_t threads) {
     constexpr int CHUNKS = WIDTH / LANES;
-    for (int64_t row = first; row < last; row++) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < num_rows; row++) {
         Floats rows[CHUNKS], sum{}, squares{};
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const int64_t at = row * WIDTH + chunk * LANES;

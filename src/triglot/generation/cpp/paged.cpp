@@ -100,11 +100,12 @@ bool visible(Bias bias, int64_t page) {
 
 extern "C" void step(const Input* query, int64_t query_stride, const Input* key, int64_t key_stride,
                      const Input* value, int64_t value_stride, const int64_t* places, Page* const* pages, int64_t num_pages, const int64_t* rows,
-                     const float* bias, const int64_t* strides, Output* output, int64_t first, int64_t last) {
-    std::vector<const Page*> own;
-    std::vector<int64_t> numbers;
-    std::vector<Floats> scores(num_pages * QUERIES);
-    for (int64_t sentence = first; sentence < last; sentence++) {
+                     const float* bias, const int64_t* strides, Output* output, int64_t sentences, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t sentence = 0; sentence < sentences; sentence++) {
+        thread_local std::vector<const Page*> own;
+        thread_local std::vector<int64_t> numbers;
+        thread_local std::vector<Floats> scores;
         const int64_t row = sentence * HYPOTHESES;
         if (places)
             for (int64_t at = row; at < row + HYPOTHESES; at++)
@@ -117,6 +118,7 @@ extern "C" void step(const Input* query, int64_t query_stride, const Input* key,
                 own.push_back(pages[number] + rows[sentence] * KV_HEADS);
                 numbers.push_back(number);
             }
+        scores.resize(own.size() * QUERIES);
         for (int head = 0; head < KV_HEADS; head++)
             attend(query + row * query_stride, query_stride, own, numbers, of_sentence, head, scores,
                    output + row * HEADS * HEAD_DIM);

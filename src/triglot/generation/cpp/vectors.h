@@ -46,13 +46,13 @@ void store(BFloat16* at, Floats x, int count) {  // rounded to the nearest, half
 
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// e to the power of numbers up to 0: 2^n · e^r with r = x − n·log 2, of which the first terms of the series are enough.
+// e to the power of numbers up to 80, below −80 nothing: 2^n · e^r with r = x − n·log 2, of at most 0.35, for which the
+// first terms of the series are enough.
 Floats exponential(Floats x) {
     const float rounder = 1.5f * (1 << 23), log2 = 0.693147180559945f;  // numbers beside the former are whole
     Floats n = (x * (1 / log2) + rounder) - rounder;
     Floats r = (x * (1 / log2) - n) * log2;
-    Floats power = r * (1.f / 5040) + (1.f / 720);
-    power = power * r + (1.f / 120);
+    Floats power = r * (1.f / 720) + (1.f / 120);
     power = power * r + (1.f / 24);
     power = power * r + (1.f / 6);
     power = power * r + .5f;

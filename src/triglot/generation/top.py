@@ -1,0 +1,55 @@
+"""The likeliest tokens of rows, by a kernel that makes logits and never writes them (`cpp/top.cpp`)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from triglot.decoding.sampling import largest, log_sum_exp
+from triglot.decoding.search import Top
+from triglot.generation.kernels import LANES, address, kernel, threads_for
+from triglot.layers.vectors import round_up
+
+ROWS, COLUMNS, INPUTS = 32, 128, 32
+"""Of what the kernel reads there has to be a multiple of these."""
+MODERATE = 60.0
+"""Where a row's largest logit is no further from 0, powers of e are numbers, and the sum has all that count."""
+
+
+class TopKernel:
+    """A projection to the vocabulary, in fp32 or, on a processor that multiplies tiles (AMX), in bf16."""
+
+    def __init__(
+        self, weight: Float[Tensor, "vocab inputs"], bias: Float[Tensor, " vocab"], dtype: torch.dtype
+    ) -> None:
+        self.tiled = dtype == torch.bfloat16
+        if self.tiled:
+            torch.cpu._init_amx()  # for which a process has to ask
+        vocab, inputs = weight.shape
+        self.width, self.dtype, self.bias = round_up(inputs, INPUTS), dtype, bias.float().contiguous()
+        beside = 2 if self.tiled else 1
+        weight = F.pad(weight.to(dtype), (0, self.width - inputs)).view(vocab // LANES, LANES, -1, beside)
+        self.weight = weight.transpose(1, 2).contiguous()
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "rows inputs"],
+        count: int,
+        logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
+    ) -> Top:
+        """The `count` likeliest tokens of each row; `logits` of rows that are far from 0 are asked for."""
+        rows, inputs = hidden.shape
+        filled = F.pad(hidden.to(self.dtype), (0, self.width - inputs, 0, -rows % ROWS)).contiguous()
+        values, sums = torch.empty(len(filled), count), torch.empty(len(filled))
+        ids = torch.empty(len(filled), count, dtype=torch.long)
+        run = kernel("top.cpp", "top", "ppppppnnn", WIDTH=self.width, COUNT=count, TILED=int(self.tiled))
+        pointers = [address(part) for part in (filled, self.weight, self.bias, values, ids, sums)]
+        run(*pointers, len(filled) // ROWS, len(self.bias), threads_for(rows))
+        values, ids, normaliser = values[:rows], ids[:rows], sums.log_()[:rows, None]
+        if len(far := (values[:, 0].abs() > MODERATE).nonzero()[:, 0]):
+            again = logits(far).float()
+            values[far], ids[far] = largest(again, count)
+            normaliser[far] = log_sum_exp(again)
+        return Top(values, ids, torch.maximum(normaliser, values[:, :1]))
