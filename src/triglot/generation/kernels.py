@@ -18,8 +18,8 @@ from triglot.errors import ConfigError, require
 from triglot.generation.compiler import becoming, cpp_compiler, kept
 
 FOLDER = Path(__file__).with_name("cpp")
-LANES = 16
-"""Numbers that kernels compute side by side."""
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+"""Numbers that kernels compute side by side: as many as a vector holds, or two where it is shorter."""
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -fopenmp -shared -fPIC"
 ARCHITECTURES = {"AVX2": "x86-64-v3"}
 """What keeps kernels to the instructions that PyTorch is kept to."""
@@ -36,7 +36,7 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
     Of `types` there is a letter for each argument: p for a tensor, or None, n for a whole number, f for another one.
     """
     architecture = ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), "native")
-    flags = [*FLAGS.split(), f"-march={architecture}"]
+    flags = [*FLAGS.split(), f"-march={architecture}", f"-DLANES={LANES}"]
     flags += [f"-D{key}={TYPES.get(value, value)}" for key, value in given.items()]
     code = "".join(path.read_text() for path in sorted(FOLDER.iterdir()))
     path = kept(f"{source}{flags}{code}", ".so")

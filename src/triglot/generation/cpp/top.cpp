@@ -51,16 +51,18 @@ typedef float Number;
 struct Tiles {};
 
 void multiply(const Number* rows, const Number* weights, float* logits) {
-    constexpr int SOME = 8;  // rows whose sums are taken side by side
-    for (int tile = 0; tile < TILES; tile++)
+    constexpr int SOME = LANES / 2, SIDE = 2;  // rows and vectors of outputs whose sums are taken at a time, in registers
+    for (int tile = 0; tile < TILES; tile += SIDE)
         for (int first = 0; first < ROWS; first += SOME) {
-            Floats sums[SOME] = {};
-            for (int at = 0; at < WIDTH; at++) {
-                const Floats inputs = load(weights + (tile * WIDTH + at) * LANES);
-                for (int row = 0; row < SOME; row++) sums[row] += rows[(first + row) * WIDTH + at] * inputs;
-            }
+            Floats sums[SOME][SIDE] = {};
+            for (int at = 0; at < WIDTH; at++)
+                for (int side = 0; side < SIDE; side++) {
+                    const Floats inputs = load(weights + ((tile + side) * WIDTH + at) * LANES);
+                    for (int row = 0; row < SOME; row++) sums[row][side] += rows[(first + row) * WIDTH + at] * inputs;
+                }
             for (int row = 0; row < SOME; row++)
-                store(logits + (first + row) * COLUMNS + tile * LANES, sums[row], LANES);
+                for (int side = 0; side < SIDE; side++)
+                    store(logits + (first + row) * COLUMNS + (tile + side) * LANES, sums[row][side], LANES);
         }
 }
 #endif

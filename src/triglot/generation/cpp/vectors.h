@@ -1,5 +1,5 @@
 // Vectors of numbers as the kernels of this folder compute with them, of floats and of bf16 in memory. They are those of
-// GCC and Clang, for any processor.
+// GCC and Clang, for any processor. Given: LANES, the numbers that are computed side by side.
 
 #pragma once
 
@@ -8,7 +8,6 @@
 
 namespace {
 
-constexpr int LANES = 16;  // numbers that are computed side by side, in two or four steps where vectors are shorter
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -43,6 +42,8 @@ void store(BFloat16* at, Floats x, int count) {  // rounded to the nearest, half
     Halves upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
     std::memcpy(at, &upper, count * sizeof *at);
 }
+
+float lane(const Floats& x, int at) { return reinterpret_cast<const float*>(&x)[at]; }  // vectors alias their numbers
 
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
