@@ -6,17 +6,20 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import needs_compiler
 from triglot.generation import ready
 from triglot.generation.sentences import search_all
 
 letters = st.sampled_from("abcde .ü€")
 prompts = st.text(letters, max_size=50)
 OPTIONS = {
+    "post": {},
     "pre": {"norm_order": "pre"},
     "rotary": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "activation": "swiglu", "num_kv_heads": 1},
     "experts": {"norm_order": "pre", "experts": {"num_experts": 5, "top_k": 2, "router": "sigmoid", "shared": 1}},
 }
 ENGINES = [("pre", "fp32"), ("rotary", "int8"), ("experts", "fp32"), ("pre", "bf16")]
+BY_KERNELS = [("post", "bf16"), ("rotary", "fp32"), ("experts", "bf16")]
 
 samplings = st.fixed_dictionaries(
     {"past_context": st.just("slide"), "max_new_tokens": st.integers(1, 60)},
@@ -54,10 +57,20 @@ forms = st.sampled_from([{}, {}, {"regex": "[a-e]{3,70}"}, {"regex": "(ab|cd|e.)
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids=str)
-def pair(make, request):
-    """An engine that writes and one that translates."""
-    options, precision = OPTIONS[request.param[0]], request.param[1]
-    return tuple(make(kind, options=options, precision=precision) for kind in ("decoder_only", "encoder_decoder"))
+def writer(make, request):
+    options, precision = request.param
+    return make("decoder_only", options=OPTIONS[options], precision=precision)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(*one, False) for one in ENGINES]
+    + [pytest.param((*one, True), marks=needs_compiler) for one in BY_KERNELS],
+    ids=lambda one: "-".join(one[:2]) + "-by-kernels" * one[2],
+)
+def translator(make, request):
+    options, precision, compiled = request.param
+    return make("encoder_decoder", options=OPTIONS[options], precision=precision, compiled=compiled)
 
 
 def mixed_texts(engine, data):
@@ -95,32 +108,32 @@ many = settings(few, max_examples=500)  # thousands of requests, some at a time
 
 @few
 @given(data=st.data())
-def test_a_text_is_the_same_in_any_company(pair, data):
+def test_a_text_is_the_same_in_any_company(writer, data):
     pytest.importorskip("llguidance")
-    mixed_texts(pair[0], data)
+    mixed_texts(writer, data)
 
 
 @few
 @given(data=st.data())
-def test_a_translation_is_the_same_in_any_company(pair, data):
-    mixed_lines(pair[1], data)
+def test_a_translation_is_the_same_in_any_company(translator, data):
+    mixed_lines(translator, data)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @many
 @given(data=st.data())
-def test_a_text_is_the_same_in_any_company_of_thousands(pair, data):
+def test_a_text_is_the_same_in_any_company_of_thousands(writer, data):
     pytest.importorskip("llguidance")
-    mixed_texts(pair[0], data)
+    mixed_texts(writer, data)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @many
 @given(data=st.data())
-def test_a_translation_is_the_same_in_any_company_of_thousands(pair, data):
-    mixed_lines(pair[1], data)
+def test_a_translation_is_the_same_in_any_company_of_thousands(translator, data):
+    mixed_lines(translator, data)
 
 
 def test_the_model_as_it_is_finds_what_the_prepared_one_finds(make, monkeypatch):
