@@ -72,7 +72,7 @@ def by_torch(held, query, new, bias, layer):
 
 
 shapes = (
-    st.integers(1, 5), st.sampled_from([1, 3]), st.integers(1, 4), st.sampled_from(SIZES), st.sampled_from(TYPES),
+    st.integers(1, 5), st.sampled_from([1, 3, 13]), st.integers(1, 4), st.sampled_from(SIZES), st.sampled_from(TYPES),
     st.integers(0, 999),
 )  # fmt: skip
 
@@ -143,6 +143,7 @@ TILED = pytest.param(
 )
 either_type = pytest.mark.parametrize("dtype", [torch.float32, TILED])
 COUNTS = [1, 6]
+"""Few, since each is compiled."""
 
 
 def head(dtype, inputs: int = 24, blocks: int = 3, whole: bool = False):
@@ -150,7 +151,7 @@ def head(dtype, inputs: int = 24, blocks: int = 3, whole: bool = False):
     draw = torch.Generator().manual_seed(blocks)
     weight, bias = torch.randn(blocks * 128, inputs, generator=draw), torch.randn(blocks * 128, generator=draw)
     weight, bias = (weight.round(), bias.round()) if whole else (weight, bias)
-    bias[[0, 130]] = -math.inf
+    bias[[0, 2]] = -math.inf
     weight = weight.to(dtype).float()
     return (lambda rows: rows.to(dtype).float() @ weight.T + bias), TopKernel(weight, bias, dtype)
 
@@ -206,6 +207,16 @@ def test_rows_whose_logits_are_far_from_0_are_made_anew(dtype):
     assert [some.tolist() for some in asked] == [[1, 3]]
     torch.testing.assert_close(found.values, largest(expected, 6)[0])
     torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1))
+
+
+@either_type
+def test_there_are_no_more_tokens_than_the_vocabulary_has(dtype):
+    logits, kernel = head(dtype, blocks=1)
+    found, expected = kernel(hidden := rows_of(3), 200, unasked), logits(hidden)
+    assert found.values.shape == (3, 128)
+    torch.testing.assert_close(found.values, largest(expected, 200)[0], rtol=1e-5, atol=1e-5)
+    again = kernel(hidden * 1e3, 200, lambda some: logits(hidden * 1e3)[some])
+    torch.testing.assert_close(again.values, largest(logits(hidden * 1e3), 200)[0])
 
 
 @either_type

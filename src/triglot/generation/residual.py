@@ -35,8 +35,9 @@ class PreparedResidual:
 
     def compile(self, dtype: torch.dtype) -> None:
         """Have a kernel add, normalise and round to `dtype`, if it is one for this norm."""
-        if isinstance(self.norm, nn.LayerNorm) and self.norm.weight.numel() % LANES == 0:
-            self.kernel = NormKernel(self.norm, dtype)
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm) and norm.bias is not None and norm.weight.numel() % LANES == 0:
+            self.kernel = NormKernel(norm, dtype)
 
     def __call__(self, x: Stream, sublayer: Sublayer) -> Stream:
         if self.pre:

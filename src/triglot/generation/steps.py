@@ -18,6 +18,7 @@ from triglot.errors import DeadEndError
 from triglot.generation.attention import Memory, PagedMemory, Part
 from triglot.generation.held import LENGTH, Held, Place
 from triglot.generation.prepared import Prepared
+from triglot.generation.top import MOST
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.masks import create_look_ahead_mask
 from triglot.layers.vectors import round_up
@@ -194,7 +195,7 @@ def search_beams(
     def read(steps: SentenceSteps, tokens: Tensor) -> Iterable[Logits | Top]:
         if how.banned or how.rules:
             return steps.step(tokens)
-        told = steps.prepared.top is not None
+        told = steps.prepared.top is not None and how.candidates <= MOST
         return steps.step_to_top(how.candidates, tokens) if told else steps.step_to_powers(tokens)
 
     while waiting or len(beams):

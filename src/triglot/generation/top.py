@@ -14,6 +14,8 @@ from triglot.layers.vectors import round_up
 
 ROWS, COLUMNS, INPUTS = 32, 128, 32
 """Of what the kernel reads there has to be a multiple of these."""
+MOST = 64
+"""Tokens of a row, at most, that are worth a list: longer ones take long to be kept in order."""
 MODERATE = 60.0
 """Where a row's largest logit is no further from 0, powers of e are numbers, and the sum has all that count."""
 
@@ -40,7 +42,7 @@ class TopKernel:
         logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]],
     ) -> Top:
         """The `count` likeliest tokens of each row; `logits` of rows that are far from 0 are asked for."""
-        rows, inputs = hidden.shape
+        (rows, inputs), count = hidden.shape, min(count, len(self.bias))
         filled = F.pad(hidden.to(self.dtype), (0, self.width - inputs, 0, -rows % ROWS)).contiguous()
         values, sums = torch.empty(len(filled), count), torch.empty(len(filled))
         ids = torch.empty(len(filled), count, dtype=torch.long)

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int GROUP = HEADS / KV_HEADS;  // heads that share keys and values
 constexpr int QUERIES = HYPOTHESES * GROUP;
+constexpr int TURNS = (QUERIES + 11) / 12, SOME = (QUERIES + TURNS - 1) / TURNS;  // as many at a time as registers hold
 constexpr int CHUNKS = (HEAD_DIM + LANES - 1) / LANES;
 constexpr float HIDDEN = -5e29f;  // what is below this weighs exactly nothing
 
@@ -43,35 +44,41 @@ struct Bias {
     }
 };
 
-// The queries of one sentence and head of keys: of each hypothesis those of a group. `scores` has room for QUERIES a page.
+// SOME queries from one on, of a sentence and a head of keys: of each hypothesis those of a group. What is more than there
+// are repeats the last. `scores` has room for SOME of each page.
 void attend(const Input* query, int64_t stride, const std::vector<Shown>& pages, const Bias& bias, int kv_head,
-            std::vector<Floats>& scores, Output* output) {
-    const int first = kv_head * GROUP;
-    float queries[QUERIES][HEAD_DIM];
-    for (int q = 0; q < QUERIES; q++)
+            int first, std::vector<Floats>& scores, Output* output) {
+    int hypotheses[SOME], heads[SOME];
+    for (int q = 0; q < SOME; q++) {
+        const int one = first + q < QUERIES ? first + q : QUERIES - 1;
+        hypotheses[q] = one / GROUP;
+        heads[q] = kv_head * GROUP + one % GROUP;
+    }
+    float queries[SOME][HEAD_DIM];
+    for (int q = 0; q < SOME; q++)
         for (int d = 0; d < HEAD_DIM; d++)
-            queries[q][d] = number(query[q / GROUP * stride + (first + q % GROUP) * HEAD_DIM + d]);
+            queries[q][d] = number(query[hypotheses[q] * stride + heads[q] * HEAD_DIM + d]);
 
-    Floats most[QUERIES];
+    Floats most[SOME];
     for (size_t page = 0; page < pages.size(); page++) {
-        Floats sums[QUERIES];
-        for (int q = 0; q < QUERIES; q++) sums[q] = bias.at(first + q % GROUP, q / GROUP, pages[page].number);
+        Floats sums[SOME];
+        for (int q = 0; q < SOME; q++) sums[q] = bias.at(heads[q], hypotheses[q], pages[page].number);
         for (int d = 0; d < HEAD_DIM; d++) {
             const Floats keys = load(pages[page].heads[kv_head].keys[d]);
-            for (int q = 0; q < QUERIES; q++) sums[q] += queries[q][d] * keys;
+            for (int q = 0; q < SOME; q++) sums[q] += queries[q][d] * keys;
         }
-        for (int q = 0; q < QUERIES; q++) {
-            scores[page * QUERIES + q] = sums[q];
+        for (int q = 0; q < SOME; q++) {
+            scores[page * SOME + q] = sums[q];
             most[q] = page ? larger(most[q], sums[q]) : sums[q];
         }
     }
 
-    float norm[QUERIES];
-    for (int q = 0; q < QUERIES; q++) {
+    float norm[SOME];
+    for (int q = 0; q < SOME; q++) {
         Floats sum{};
         const float shift = largest(most[q]);
         for (size_t page = 0; page < pages.size(); page++) {
-            Floats& weights = scores[page * QUERIES + q];
+            Floats& weights = scores[page * SOME + q];
             weights = exponential(weights - shift);
             sum += weights;
         }
@@ -79,15 +86,15 @@ void attend(const Input* query, int64_t stride, const std::vector<Shown>& pages,
     }
 
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        Floats mixed[QUERIES] = {};
+        Floats mixed[SOME] = {};
         for (size_t page = 0; page < pages.size(); page++)
             for (int place = 0; place < LANES; place++) {
                 const Floats values = load(pages[page].heads[kv_head].values[place] + chunk * LANES);
-                for (int q = 0; q < QUERIES; q++) mixed[q] += lane(scores[page * QUERIES + q], place) * values;
+                for (int q = 0; q < SOME; q++) mixed[q] += lane(scores[page * SOME + q], place) * values;
             }
         const int at = chunk * LANES, count = HEAD_DIM - at < LANES ? HEAD_DIM - at : LANES;
-        for (int q = 0; q < QUERIES; q++)
-            store(output + (q / GROUP * HEADS + first + q % GROUP) * HEAD_DIM + at, mixed[q] * norm[q], count);
+        for (int q = 0; q < SOME; q++)
+            store(output + (hypotheses[q] * HEADS + heads[q]) * HEAD_DIM + at, mixed[q] * norm[q], count);
     }
 }
 
@@ -120,9 +127,10 @@ extern "C" void step(const Input* query, int64_t query_stride, const Input* key,
         shown.clear();
         for (int64_t page = 0; page < num_pages; page++)
             if (own.shows(page)) shown.push_back({pages[page] + heads, page});
-        scores.resize(shown.size() * QUERIES);
+        scores.resize(shown.size() * SOME);
         for (int head = 0; head < KV_HEADS; head++)
-            attend(query + first * query_stride, query_stride, shown, own, head, scores,
-                   output + first * HEADS * HEAD_DIM);
+            for (int some = 0; some < QUERIES; some += SOME)
+                attend(query + first * query_stride, query_stride, shown, own, head, some, scores,
+                       output + first * HEADS * HEAD_DIM);
     }
 }
