@@ -259,11 +259,13 @@ def test_compiled_texts_come_from_what_was_compiled(folder, monkeypatch):
 
 
 @needs_compiler
-def test_translations_by_kernels_are_those_without(folder, tmp_path):
+def test_translations_by_kernels_are_those_without(folder, tmp_path, monkeypatch):
     (lines := tmp_path / "lines").write_text("7 ab\n\nb a 2\n", encoding="utf-8")
     how = ("translate", folder / "translator", lines, "--tag", "up", "--device", "cpu", "--json")
     plain = [json.loads(line) for line in succeed(*how).splitlines()]
     ours = [json.loads(line) for line in succeed(*how, "--compiled").splitlines()]
+    monkeypatch.setattr("triglot.generation.paged.kernel", lambda *_, **_given: 1 / 0)
+    assert isinstance(invoke(*how, "--compiled").exception, ZeroDivisionError)
     for [one], [other] in zip(ours, plain, strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["log_probs"] == pytest.approx(other["log_probs"], abs=1e-4)

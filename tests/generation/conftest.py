@@ -25,6 +25,7 @@ def make() -> Callable[..., Any]:
         tokenizer: Tokenizer | None = None,
         precision: Any = "fp32",
         compiled: bool = False,
+        d_model: int = 20,
         **data: Any,
     ) -> Engine:
         tokenizer = tokenizer or Tokenizer.train("byte", [], tags=tags)
@@ -32,7 +33,7 @@ def make() -> Callable[..., Any]:
         files = {"source": "a", "target": "b"} if pairs else {"files": ["a"]}
         values = {
             "model": {
-                "kind": kind, "d_model": 20, "num_heads": 2, "num_layers": 1, "d_ff": 31, "max_seq_length": WINDOW,
+                "kind": kind, "d_model": d_model, "num_heads": 2, "num_layers": 1, "d_ff": 31, "max_seq_length": WINDOW,
                 "vocab_size": size, "src_vocab_size": size, "options": options or {"norm_order": "pre"},
             },
             "data": {"kind": "pairs" if pairs else "text", **files, **data},

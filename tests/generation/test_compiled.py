@@ -21,6 +21,7 @@ from triglot.generation import aot, compiled, compiler
 from triglot.generation.compiled import Compiled, start_compiled
 from triglot.generation.one_token import Head, WholeLinear, row_linear
 from triglot.generation.prepared import Prepared
+from triglot.generation.ready import Ready
 from triglot.generation.steps import start_texts
 from triglot.models.decoder_only import DecoderLLM
 
@@ -249,6 +250,12 @@ def test_an_engine_writes_by_compiled_code_where_it_is_asked_to(make, monkeypatc
     assert [one.tokens for one in found] == [one.tokens for one in expected]
     assert any(one.log_probs != other.log_probs for one, other in zip(found, expected, strict=True))
     assert "".join(engine.stream("abc", seed=0, **asked | {"n": 1})) == found[0].text
+
+
+def test_what_is_not_decoded_by_compiled_code_is_refused(make):
+    engine = make("encoder_decoder")
+    with pytest.raises(ConfigError, match="`compiled` must be left out unless the model is on a processor, in fp32"):
+        Ready(engine.model.to(torch.bfloat16), engine.config, engine.tokenizers, compiled=True)
 
 
 @needs_compiler

@@ -1,6 +1,7 @@
 """Kernels in C++ compute what PyTorch's operations do, and give a row the same bits in any company."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -45,6 +46,19 @@ def made(sentences: int, hypotheses: int, pages: int, size: tuple[int, int, int]
     shown = shown & (torch.rand(sentences, hypotheses, pages, LANES, generator=draw) < 0.7)
     shown = shown.flatten(2).scatter(2, places[..., None], True)
     return held, query, New(key, value, places), torch.where(shown, 0.0, FORBIDDEN)[:, None]
+
+
+@contextmanager
+def several_threads(number: int):
+    """So many, who share whatever there is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "GRAIN", 1)
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pages_of(held, dtype):
@@ -103,7 +117,9 @@ def test_a_sentence_attends_to_its_pages_in_any_company(sentences, hypotheses, p
     some = New(new.key[rows.flatten()], new.value[rows.flatten()], new.places[kept])
     more = F.pad(bias[kept], (0, data.draw(st.integers(0, 2)) * LANES), value=FORBIDDEN)
     paged.length_for(more.size(3) - 1)
-    assert paged.attend(1, query[rows.flatten()], more, torch.float32, some).equal(together[rows.flatten()])
+    with several_threads(data.draw(st.integers(1, 3))):
+        found = paged.attend(1, query[rows.flatten()], more, torch.float32, some)
+    assert found.equal(together[rows.flatten()])
 
 
 def test_what_is_far_below_weighs_nothing_and_what_is_no_number_stays_none():
@@ -129,13 +145,23 @@ def test_norms_are_layer_norm(rows, width, of_added, dtype, scale):
     norm, added = nn.LayerNorm(width), added.to(of_added)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    run = NormKernel(norm, dtype)
-    for given_one, sums in ((None, x), (added, x + added.float())):
-        found = run(x, given_one)
-        torch.testing.assert_close(found.full, norm(sums).detach(), rtol=1e-4, atol=1e-5)
-        assert found.read.equal(found.full.to(dtype))
-        alone = [run(x[row, None], None if given_one is None else added[row, None]).full for row in range(rows)]
-        assert found.full.equal(torch.cat(alone))
+    run, sums = NormKernel(norm, dtype), x + added.float()
+    found = run(x, added)
+    torch.testing.assert_close(found.full, norm(sums).detach(), rtol=1e-4, atol=1e-5)
+    assert found.read.equal(found.full.to(dtype))
+    with several_threads(2):
+        alone = [run(x[row, None], added[row, None]).full for row in range(rows)]
+    assert found.full.equal(torch.cat(alone))
+    torch.testing.assert_close(run.read_alone(x).float(), norm(x).detach(), rtol=HALF, atol=HALF)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_norms_keep_what_is_no_number(bits):
+    x = torch.randn(2, 16)
+    x.view(torch.int32)[1, 3] = bits
+    found = NormKernel(nn.LayerNorm(16), torch.bfloat16)(x, torch.zeros(2, 16))
+    assert found.read[1].isnan().all()
+    assert not found.read[0].isnan().any()
 
 
 TILED = pytest.param(
@@ -185,14 +211,9 @@ def test_the_likeliest_tokens_are_the_largest_logits(dtype, rows, inputs, count,
 def test_a_rows_likeliest_tokens_are_its_own_in_any_company(dtype, rows, draw, count, threads):
     _, kernel = head(dtype)
     hidden, order = rows_of(rows), draw.sample(range(rows), draw.randint(1, rows))
-    together, before = kernel(hidden, count, unasked), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "GRAIN", 1)
-            some = kernel(hidden[order], count, unasked)
-    finally:
-        torch.set_num_threads(before)
+    together = kernel(hidden, count, unasked)
+    with several_threads(threads):
+        some = kernel(hidden[order], count, unasked)
     for name in ("values", "ids", "normaliser"):
         assert getattr(some, name).equal(getattr(together, name)[order])
 
@@ -207,6 +228,18 @@ def test_rows_whose_logits_are_far_from_0_are_made_anew(dtype):
     assert [some.tolist() for some in asked] == [[1, 3]]
     torch.testing.assert_close(found.values, largest(expected, 6)[0])
     torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1))
+
+
+@either_type
+@pytest.mark.parametrize(("by", "anew"), [(-45.0, True), (-30.0, False), (50.0, False), (70.0, True)])
+def test_a_normaliser_misses_nothing_wherever_logits_are(dtype, by, anew):
+    bias = torch.full((128,), by - 21)
+    bias[7] = by
+    kernel = TopKernel(torch.zeros(128, 32), bias, dtype)
+    asked = []
+    found = kernel(torch.zeros(1, 32), 1, lambda some: asked.append(some) or bias[None].expand(len(some), -1))
+    assert bool(asked) == anew
+    torch.testing.assert_close(found.normaliser[0, 0], bias.logsumexp(0), rtol=1e-6, atol=1e-5)
 
 
 @either_type
@@ -235,11 +268,11 @@ def test_where_less_tokens_are_possible_the_others_are_not(dtype):
 
 @few
 @given(st.integers(0, 400), st.integers(1, 9))
-def test_threads_are_as_many_as_pay(rows, threads):
+def test_threads_are_all_or_one(rows, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert kernels.threads_for(rows) == max(1, min(threads, rows // kernels.GRAIN))
+        assert kernels.threads_for(rows) == (threads if rows >= kernels.GRAIN else 1)
     finally:
         torch.set_num_threads(before)
 

@@ -249,12 +249,15 @@ def test_a_beginning_that_is_banned_is_told(translator):
         translator.translate(["a", "", "b"], prefixes=["x", "", "y"], banned_words=["y"], first_line=7)
 
 
-def test_weights_that_are_no_numbers_are_told(make):
-    engine = make("encoder_decoder")
-    with torch.no_grad():
-        engine.model.final_layer.weight[7] = math.nan
-    with pytest.raises(CheckpointError, match="`logits` must be numbers, but is 'NaN' instead"):
-        engine.translate(["x"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])  # one that rounding to bf16 could turn to a number
+def test_weights_that_are_no_numbers_are_told(make, compiled, beam, bits):
+    for part in ("final_layer.weight", "decoder.layers.0.around_self_attention.norm.weight"):
+        engine = make("encoder_decoder", precision="bf16" if compiled else "fp32", compiled=compiled, d_model=32)
+        engine.model.get_parameter(part).detach().view(torch.int32)[7] = bits
+        with pytest.raises(CheckpointError, match="`logits` must be numbers, but is 'NaN' instead"):
+            engine.translate(["x"], beam=beam)
 
 
 # Precision and processes

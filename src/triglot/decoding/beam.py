@@ -295,7 +295,10 @@ def _best(candidates: Sequence[_Candidates], count: int) -> tuple[Tensor, Tensor
 def _best_tokens(
     scores: Float[Tensor, "sentences width"], parts: Sequence[Top], count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, of the likeliest tokens of each hypothesis, which are no fewer than `count` unless there are."""
+    """The same, of the likeliest tokens of each hypothesis, which are `count` if there are so many.
+
+    Ties by hypothesis, then logit, then token.
+    """
     log_probs = torch.cat([part.values - part.normaliser for part in parts])
     of_sentences = log_probs.view(*scores.shape, -1) + scores[..., None]
     found, place = largest(of_sentences.flatten(1), count)

@@ -93,6 +93,15 @@ class Top:
     normaliser: Float[Tensor, "rows 1"]
     """log Σ exp of all of each row."""
 
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> "Top":
+        """The same of some rows, in this order."""
+        return Top(self.values[rows], self.ids[rows], self.normaliser[rows])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.values.device
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -361,10 +370,10 @@ _in_inference_mode = torch.inference_mode()(stream_in_parts)
 
 def one_part(
     parts: Iterable[Float[Tensor, "some vocab"] | Scored | Scaled | Top],
-) -> Float[Tensor, "rows vocab"] | Scored:
-    """All rows as one part, none of them to be scaled any more; there is but one that is scored."""
+) -> Float[Tensor, "rows vocab"] | Scored | Top:
+    """All rows as one part, none of them to be scaled any more; what is scored, or the likeliest alone, is one."""
     first, *others = (in_full(part) if isinstance(part, Scaled) else part for part in parts)
-    return first if isinstance(first, Scored) else torch.cat([first, *others])  # type: ignore[list-item]  # nor are these
+    return first if isinstance(first, Scored | Top) else torch.cat([first, *others])  # type: ignore[list-item]  # nor are these
 
 
 def alternatives(log_probs: Float[Tensor, "rows vocab"], count: int) -> list[tuple[tuple[int, float], ...]]:

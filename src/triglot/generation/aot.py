@@ -56,7 +56,7 @@ def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[An
     """
     options = OPTIONS | {"cpp.min_chunk_size": grain}
     program = exported(module, inputs, dynamic)
-    path = kept(f"{program}{options}{_gcc_flags()}", ".pt2")
+    path = kept(f"{program}{options}{_gcc_flags()}{torch.get_num_threads()}", ".pt2")
     if not path.exists():
         with becoming(path) as package:
             _compile(program, str(package), options)

@@ -270,7 +270,7 @@ class PreparedMemory:
     @property
     def comes_in(self) -> torch.dtype:
         """The type of queries, keys and values."""
-        packed = isinstance(self.query, PackedFloat) and self.norms is None
+        packed = all(isinstance(part, PackedFloat) for part in (self.query, self.both)) and self.norms is None
         return self.query.dtype if packed else torch.float32
 
     def read(self, memory: Hidden, sentences: int) -> Float[Tensor, "2 sentences kv_heads length head_dim"]:

@@ -34,8 +34,9 @@ def becoming(path: Path) -> Iterator[Path]:
 
 
 def kept(program: str, suffix: str) -> Path:
-    """Where the code of a program for this very machine and as many threads is, or is to be: among PyTorch's own."""
-    also = platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__
+    """Where the code of a program for this very machine is, or is to be: among PyTorch's own."""
+    cpu = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
+    also = platform.node(), cpu, torch.__version__
     return _folder() / f"{hashlib.sha256(f'{program}{also}'.encode()).hexdigest()}{suffix}"
 
 

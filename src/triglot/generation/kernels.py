@@ -21,11 +21,11 @@ FOLDER = Path(__file__).with_name("cpp")
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers that kernels compute side by side: as many as a vector holds, or two where it is shorter."""
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -fopenmp -shared -fPIC"
-ARCHITECTURES = {"AVX2": "x86-64-v3"}
-"""What keeps kernels to the instructions that PyTorch is kept to."""
+ARCHITECTURES = {"AVX512": "-march=native", "AVX2": "-mavx2 -mfma"}
+"""What keeps kernels to the instructions that PyTorch keeps to; nothing where those are what any such processor has."""
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16"}
-GRAIN = 64
-"""Rows that are worth a thread."""
+GRAIN = 128
+"""Rows from which on threads are worth it."""
 Kernel = Callable[..., None]
 
 
@@ -35,11 +35,11 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
 
     Of `types` there is a letter for each argument: p for a tensor, or None, n for a whole number, f for another one.
     """
-    architecture = ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), "native")
-    flags = [*FLAGS.split(), f"-march={architecture}", f"-DLANES={LANES}"]
+    architecture = ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), "")
+    flags = [*FLAGS.split(), *architecture.split(), f"-DLANES={LANES}"]
     flags += [f"-D{key}={TYPES.get(value, value)}" for key, value in given.items()]
-    code = "".join(path.read_text() for path in sorted(FOLDER.iterdir()))
-    path = kept(f"{source}{flags}{code}", ".so")
+    code = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))]
+    path = kept(f"{cpp_compiler()}{source}{flags}{code}", ".so")
     if not path.exists():
         with becoming(path) as made:
             command = [cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
@@ -58,5 +58,5 @@ def address(x: Tensor | None) -> int | None:
 
 
 def threads_for(rows: int) -> int:
-    """How many threads share so many rows: all that PyTorch has, which kernels take part in, or as many as pay."""
-    return max(1, min(torch.get_num_threads(), rows // GRAIN))
+    """How many threads share so many rows: all that PyTorch has, or one: any other number has threads end and begin."""
+    return torch.get_num_threads() if rows >= GRAIN else 1

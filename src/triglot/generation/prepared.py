@@ -33,7 +33,7 @@ from triglot.generation.attention import (
 from triglot.generation.held import Held, Place, held_width
 from triglot.generation.paged import Pages
 from triglot.generation.residual import PreparedResidual, Stream, norm_of
-from triglot.generation.top import TopKernel
+from triglot.generation.top import TopKernel, may_multiply_tiles
 from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
@@ -45,7 +45,6 @@ from triglot.layers.packed import (
     PackedInt8,
     Packer,
     Precision,
-    multiplies_tiles,
     pack,
     quantise_rows,
 )
@@ -316,7 +315,7 @@ class Prepared:
             self.powers = self.head.with_bias(bias - SHIFT)
         self.top = None
         narrow = self.head.precision == "bf16"
-        if by_kernels and (multiplies_tiles() if narrow else self.head.precision == "fp32"):
+        if by_kernels and (may_multiply_tiles() if narrow else self.head.precision == "fp32"):
             self.top = TopKernel(weight, bias, torch.bfloat16 if narrow else torch.float32)
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 

@@ -41,7 +41,7 @@ class PreparedResidual:
 
     def __call__(self, x: Stream, sublayer: Sublayer) -> Stream:
         if self.pre:
-            normed = self.plain(x.full) if self.kernel is None else self.kernel(x.full).read
+            normed = self.plain(x.full) if self.kernel is None else self.kernel.read_alone(x.full)
             full = sublayer(normed).float().add_(x.full)
             return Stream(full, full)
         if self.kernel is not None:
@@ -68,13 +68,25 @@ class NormKernel:
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
         self.weight, self.bias, self.eps, self.dtype = norm.weight.detach(), norm.bias.detach(), norm.eps, dtype
 
-    def __call__(self, x: Hidden, added: Float[Tensor, "rows d_model"] | None = None) -> Stream:
+    def __call__(self, x: Hidden, added: Float[Tensor, "rows d_model"]) -> Stream:
+        full = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if self.dtype == x.dtype:
+            self._run(x, added, full, None)
+            return Stream(full, full)
+        read = torch.empty_like(full, dtype=self.dtype)
+        self._run(x, added, full, read)
+        return Stream(full, read)
+
+    def read_alone(self, x: Hidden) -> Float[Tensor, "rows d_model"]:
+        """LayerNorm(x) in `dtype`."""
+        read = torch.empty_like(x, dtype=self.dtype, memory_format=torch.contiguous_format)
+        self._run(x, None, *((read, None) if self.dtype == x.dtype else (None, read)))
+        return read
+
+    def _run(self, x: Hidden, added: Tensor | None, full: Tensor | None, read: Tensor | None) -> None:
         x, added = x.contiguous(), None if added is None else added.contiguous()
         type_added = torch.float32 if added is None else added.dtype
         given = {"WIDTH": x.size(1), "Added": type_added, "Read": self.dtype}
         run = kernel("norms.cpp", "normalise", "ppppfppnn", **given)
-        full = torch.empty_like(x)
-        read = None if self.dtype == x.dtype else torch.empty_like(x, dtype=self.dtype)
-        pointers = [address(part) for part in (x, added, self.weight, self.bias, full, read)]
-        run(*pointers[:4], self.eps, *pointers[4:], len(x), threads_for(len(x)))
-        return Stream(full, full if read is None else read)
+        rows = [address(part) for part in (x, added, self.weight, self.bias)]
+        run(*rows, self.eps, address(full), address(read), len(x), threads_for(len(x)))

@@ -10,25 +10,31 @@ from torch import Tensor
 from triglot.decoding.sampling import largest, log_sum_exp
 from triglot.decoding.search import Top
 from triglot.generation.kernels import LANES, address, kernel, threads_for
+from triglot.layers.packed import multiplies_tiles
 from triglot.layers.vectors import round_up
 
 ROWS, COLUMNS, INPUTS = 32, 128, 32
 """Of what the kernel reads there has to be a multiple of these."""
 MOST = 64
 """Tokens of a row, at most, that are worth a list: longer ones take long to be kept in order."""
-MODERATE = 60.0
-"""Where a row's largest logit is no further from 0, powers of e are numbers, and the sum has all that count."""
+LEAST, MOST_OF_ALL = -40.0, 60.0
+"""Where a row's largest logit is between these, powers of e are numbers, and the sum has all that are e⁻⁴⁰ of it."""
+AT_A_TIME = 256
+"""Rows whose logits are made where these are not."""
+
+
+def may_multiply_tiles() -> bool:
+    """Whether this processor multiplies tiles, and lets this process, which has to ask for it."""
+    return multiplies_tiles() and torch.cpu._init_amx()
 
 
 class TopKernel:
-    """A projection to the vocabulary, in fp32 or, on a processor that multiplies tiles (AMX), in bf16."""
+    """A projection to the vocabulary, in fp32 or, where a process `may_multiply_tiles`, in bf16."""
 
     def __init__(
         self, weight: Float[Tensor, "vocab inputs"], bias: Float[Tensor, " vocab"], dtype: torch.dtype
     ) -> None:
         self.tiled = dtype == torch.bfloat16
-        if self.tiled:
-            torch.cpu._init_amx()  # for which a process has to ask
         vocab, inputs = weight.shape
         self.width, self.dtype, self.bias = round_up(inputs, INPUTS), dtype, bias.float().contiguous()
         beside = 2 if self.tiled else 1
@@ -50,8 +56,9 @@ class TopKernel:
         pointers = [address(part) for part in (filled, self.weight, self.bias, values, ids, sums)]
         run(*pointers, len(filled) // ROWS, len(self.bias), threads_for(rows))
         values, ids, normaliser = values[:rows], ids[:rows], sums.log_()[:rows, None]
-        if len(far := (values[:, 0].abs() > MODERATE).nonzero()[:, 0]):
-            again = logits(far).float()
-            values[far], ids[far] = largest(again, count)
-            normaliser[far] = log_sum_exp(again)
+        far = ((values[:, 0] < LEAST) | (values[:, 0] > MOST_OF_ALL)).nonzero()[:, 0]
+        for some in far.split(AT_A_TIME) if len(far) else ():
+            again = logits(some).float()
+            values[some], ids[some] = largest(again, count)
+            normaliser[some] = log_sum_exp(again)
         return Top(values, ids, torch.maximum(normaliser, values[:, :1]))

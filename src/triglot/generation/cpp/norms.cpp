@@ -1,4 +1,4 @@
-// LayerNorm(x + added) (Ba et al. 2016, eq. 4), a row after another: `norms.py` compiles this for one model.
+// LayerNorm(x + added) (Ba et al. 2016, eq. 4), a row after another: `residual.py` compiles this for one model.
 //
 // Given: WIDTH, a multiple of LANES, and the types Added and Read, float or BFloat16.
 

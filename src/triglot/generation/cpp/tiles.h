@@ -18,18 +18,23 @@ class Tiles {
     Config before;
 
   public:
+    // What the intrinsics read and write is more than compilers are told.
     Tiles() {
+        asm volatile("" ::: "memory");
         _tile_storeconfig(&before);
+        asm volatile("" ::: "memory");
         Config own;
         own.palette = 1;
         for (int tile = 0; tile < 8; tile++) {
             own.bytes[tile] = 64;
             own.rows[tile] = 16;
         }
+        asm volatile("" ::: "memory");
         _tile_loadconfig(&own);
     }
 
     ~Tiles() {
+        asm volatile("" ::: "memory");
         if (before.palette)
             _tile_loadconfig(&before);
         else

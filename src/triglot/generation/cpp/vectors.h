@@ -39,7 +39,8 @@ Floats load(const BFloat16* at) { return as<Floats>(__builtin_convertvector(read
 void store(float* at, Floats x, int count) { std::memcpy(at, &x, count * sizeof *at); }
 void store(BFloat16* at, Floats x, int count) {  // rounded to the nearest, half to even
     Words bits = as<Words>(x);
-    Halves upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : Words{} + 0x7fc0;  // some NaN would become 0
+    Halves upper = __builtin_convertvector(bits, Halves);
     std::memcpy(at, &upper, count * sizeof *at);
 }
 
