@@ -19,8 +19,8 @@ def cpp_compiler() -> str:
 
     try:
         return get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        rule = "left out where there is no C++ compiler (g++, or what the variable CXX names)"
+    except (InvalidCxxCompiler, OSError) as error:
+        rule = "left out where there is no C++ compiler (g++, or what the variable CXX names, without arguments)"
         raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
 
 

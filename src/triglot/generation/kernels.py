@@ -45,7 +45,7 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
             command = [cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
             told = subprocess.run(command, capture_output=True, text=True)
             rule = f"left out where the C++ compiler does not take its kernels:\n{told.stderr}\n"
-            require(told.returncode == 0, "compiled", rule, True, ConfigError)
+            require(told.returncode == 0 and made.exists(), "compiled", rule, True, ConfigError)
     run = getattr(ctypes.CDLL(str(path)), name)
     run.restype = None
     run.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}[letter] for letter in types]
