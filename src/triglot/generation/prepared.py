@@ -5,7 +5,6 @@ a row the same bits in any company: products never see fewer rows than it takes 
 end weigh exactly nothing and are so many that no sum is taken in another order.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -38,16 +37,7 @@ from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
-from triglot.layers.packed import (
-    LEAST_SIZE,
-    Packed,
-    PackedFloat,
-    PackedInt8,
-    Packer,
-    Precision,
-    pack,
-    quantise_rows,
-)
+from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
 from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
 from triglot.models.decoder_only import DecoderLLM
@@ -174,19 +164,22 @@ class PreparedBlock:
     def __init__(self, block: Block, packer: Packer) -> None:
         self.self_attention = PreparedAttention(block.self_attention, packer)
         self.around_self_attention = PreparedResidual(block.around_self_attention)
-        self.residuals = [self.around_self_attention]
         self.memory = None
         if hasattr(block, "cross_attention"):
             self.memory = PreparedMemory(block.cross_attention, packer)
             self.around_memory = PreparedResidual(block.around_cross_attention)
-            self.residuals.append(self.around_memory)
         self.around_feed_forward = PreparedResidual(block.around_feed_forward)
-        self.residuals.append(self.around_feed_forward)
         self.feed_forward: PreparedFeedForward | PreparedExperts
         if isinstance(feed := block.feed_forward, PointwiseFeedForward):
             self.feed_forward = PreparedFeedForward.of(feed, packer)
         else:
             self.feed_forward = PreparedExperts(feed, packer)
+
+    def compile(self, dtype: torch.dtype) -> None:
+        """Have kernels add and normalise, for products that read rows in `dtype`."""
+        for part in vars(self).values():
+            if isinstance(part, PreparedResidual):
+                part.compile(dtype)
 
     def step(self, x: Stream, parts: Sequence[Part], layer: int, turn: Turn | None) -> Stream:
         """Rows are the next tokens of texts."""
@@ -216,9 +209,8 @@ class PreparedStack:
         narrow = by_kernels and packer.used == {"bf16"} and stack.options.experts is None
         self.reads = torch.bfloat16 if narrow else torch.float32
         """The type in which a block's products read."""
-        for residual in itertools.chain.from_iterable(block.residuals for block in self.blocks):
-            if by_kernels:
-                residual.compile(self.reads)
+        for block in self.blocks if by_kernels else ():
+            block.compile(self.reads)
         self.embedding_norm, self.final_norm = norm_of(stack.embedding.norm), norm_of(stack.final_norm)
         self.relative = stack.relative
         self.turns = None if stack.embedding.rotary is None else turn_table(stack.embedding.rotary)
