@@ -19,7 +19,7 @@ OPTIONS = {
     "experts": {"norm_order": "pre", "experts": {"num_experts": 5, "top_k": 2, "router": "sigmoid", "shared": 1}},
 }
 ENGINES = [("pre", "fp32"), ("rotary", "int8"), ("experts", "fp32"), ("pre", "bf16")]
-BY_KERNELS = [("post", "bf16"), ("pre", "bf16"), ("rotary", "fp32"), ("experts", "bf16")]
+BY_KERNELS = [("post", "bf16"), ("post", "int8"), ("pre", "bf16"), ("rotary", "fp32"), ("experts", "bf16")]
 
 samplings = st.fixed_dictionaries(
     {"past_context": st.just("slide"), "max_new_tokens": st.integers(1, 60)},

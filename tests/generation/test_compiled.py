@@ -286,10 +286,3 @@ def test_sums_of_whole_numbers_become_vectors(experts, tmp_path, monkeypatch):
         parts.extract(library, tmp_path)
     code = subprocess.run(["objdump", "-d", tmp_path / library], capture_output=True, text=True, check=True).stdout
     assert "pmaddwd" in code or "pdpwssd" in code
-
-
-@pytest.mark.parametrize("kind", ["decoder_only", "encoder_decoder"])
-def test_a_machine_without_a_compiler_is_told_before_work(make, kind):
-    there_is_none = torch._inductor.config.patch({"cpp.cxx": ("no-compiler-of-this-name",)})
-    with there_is_none, pytest.raises(ConfigError, match=r"`compiled` must be left out where there is no C\+\+ comp"):
-        make(kind, compiled=True)

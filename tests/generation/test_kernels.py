@@ -14,11 +14,12 @@ from tests.conftest import needs_compiler
 from triglot.decoding.sampling import largest
 from triglot.errors import ConfigError
 from triglot.generation import kernels
+from triglot.generation.int8 import KernelInt8, multiplies_bytes
 from triglot.generation.paged import LANES, New, Pages
 from triglot.generation.residual import NormKernel
 from triglot.generation.top import TopKernel
 from triglot.layers.attend import FORBIDDEN
-from triglot.layers.packed import multiplies_tiles
+from triglot.layers.packed import multiplies_tiles, pack_int8
 
 pytestmark = needs_compiler
 HALF = torch.finfo(torch.bfloat16).eps / 2
@@ -164,22 +165,27 @@ def test_norms_keep_what_is_no_number(bits):
     assert not found.read[0].isnan().any()
 
 
-TILED = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(not multiplies_tiles(), reason="this processor multiplies no tiles")
-)
-either_type = pytest.mark.parametrize("dtype", [torch.float32, TILED])
+KINDS = [
+    "fp32",
+    pytest.param("bf16", marks=pytest.mark.skipif(not multiplies_tiles(), reason="this processor multiplies no tiles")),
+    pytest.param("int8", marks=pytest.mark.skipif(not multiplies_bytes(), reason="it has no products of bytes")),
+]
+either_kind = pytest.mark.parametrize("precision", KINDS)
 COUNTS = [1, 6]
 """Few, since each is compiled."""
 
 
-def head(dtype, inputs: int = 24, blocks: int = 3, whole: bool = False):
-    """A projection, some tokens of which never come, and its kernel; whole numbers make ties."""
+def head(precision, inputs: int = 24, blocks: int = 3, whole: bool = False):
+    """By PyTorch's operations and by its kernel: a projection with tokens that never come; whole numbers make ties."""
     draw = torch.Generator().manual_seed(blocks)
     weight, bias = torch.randn(blocks * 128, inputs, generator=draw), torch.randn(blocks * 128, generator=draw)
     weight, bias = (weight.round(), bias.round()) if whole else (weight, bias)
     bias[[0, 2]] = -math.inf
-    weight = weight.to(dtype).float()
-    return (lambda rows: rows.to(dtype).float() @ weight.T + bias), TopKernel(weight, bias, dtype)
+    kernel = TopKernel(weight, bias, precision)
+    if precision == "int8":
+        return pack_int8(weight, bias), kernel
+    rounded = weight.to(kernel.dtype).float()
+    return (lambda rows: rows.to(kernel.dtype).float() @ rounded.T + bias), kernel
 
 
 def rows_of(number: int, inputs: int = 24, seed: int = 0) -> torch.Tensor:
@@ -190,26 +196,27 @@ def unasked(_):
     pytest.fail("these are near enough to 0")
 
 
-@either_type
+@either_kind
 @few
 @given(st.integers(1, 70), st.sampled_from([24, 64]), st.sampled_from(COUNTS), st.booleans())
-def test_the_likeliest_tokens_are_the_largest_logits(dtype, rows, inputs, count, whole):
-    logits, kernel = head(dtype, inputs, whole=whole)
+def test_the_likeliest_tokens_are_the_largest_logits(precision, rows, inputs, count, whole):
+    logits, kernel = head(precision, inputs, whole=whole)
     hidden = rows_of(rows, inputs)
     hidden = hidden.round() if whole else hidden
     found, expected = kernel(hidden, count, unasked), logits(hidden)
     values, ids = largest(expected, count)  # ties by lower id
     torch.testing.assert_close(found.values, values, rtol=1e-5, atol=1e-5)
-    assert found.ids.equal(ids)
+    torch.testing.assert_close(expected.gather(1, found.ids), values, rtol=1e-5, atol=1e-5)
+    assert found.ids.equal(ids) or precision == "int8"  # whose logits may be alike to a rounding's difference
     torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1), rtol=1e-5, atol=1e-5)
     assert (found.values[:, :1] <= found.normaliser).all()
 
 
-@either_type
+@either_kind
 @few
 @given(st.integers(1, 70), st.randoms(use_true_random=False), st.sampled_from(COUNTS), st.integers(1, 3))
-def test_a_rows_likeliest_tokens_are_its_own_in_any_company(dtype, rows, draw, count, threads):
-    _, kernel = head(dtype)
+def test_a_rows_likeliest_tokens_are_its_own_in_any_company(precision, rows, draw, count, threads):
+    _, kernel = head(precision)
     hidden, order = rows_of(rows), draw.sample(range(rows), draw.randint(1, rows))
     together = kernel(hidden, count, unasked)
     with several_threads(threads):
@@ -218,9 +225,9 @@ def test_a_rows_likeliest_tokens_are_its_own_in_any_company(dtype, rows, draw, c
         assert getattr(some, name).equal(getattr(together, name)[order])
 
 
-@either_type
-def test_rows_whose_logits_are_far_from_0_are_made_anew(dtype):
-    logits, kernel = head(dtype)
+@either_kind
+def test_rows_whose_logits_are_far_from_0_are_made_anew(precision):
+    logits, kernel = head(precision)
     hidden = torch.stack([rows_of(1)[0] * by for by in (1.0, 1e3, 1.0, 30.0)])
     expected = logits(hidden)
     asked = []
@@ -230,21 +237,21 @@ def test_rows_whose_logits_are_far_from_0_are_made_anew(dtype):
     torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1))
 
 
-@either_type
+@either_kind
 @pytest.mark.parametrize(("by", "anew"), [(-45.0, True), (-30.0, False), (50.0, False), (70.0, True)])
-def test_a_normaliser_misses_nothing_wherever_logits_are(dtype, by, anew):
+def test_a_normaliser_misses_nothing_wherever_logits_are(precision, by, anew):
     bias = torch.full((128,), by - 21)
     bias[7] = by
-    kernel = TopKernel(torch.zeros(128, 32), bias, dtype)
+    kernel = TopKernel(torch.zeros(128, 32), bias, precision)
     asked = []
     found = kernel(torch.zeros(1, 32), 1, lambda some: asked.append(some) or bias[None].expand(len(some), -1))
     assert bool(asked) == anew
     torch.testing.assert_close(found.normaliser[0, 0], bias.logsumexp(0), rtol=1e-6, atol=1e-5)
 
 
-@either_type
-def test_there_are_no_more_tokens_than_the_vocabulary_has(dtype):
-    logits, kernel = head(dtype, blocks=1)
+@either_kind
+def test_there_are_no_more_tokens_than_the_vocabulary_has(precision):
+    logits, kernel = head(precision, blocks=1)
     found, expected = kernel(hidden := rows_of(3), 200, unasked), logits(hidden)
     assert found.values.shape == (3, 128)
     torch.testing.assert_close(found.values, largest(expected, 200)[0], rtol=1e-5, atol=1e-5)
@@ -252,11 +259,11 @@ def test_there_are_no_more_tokens_than_the_vocabulary_has(dtype):
     torch.testing.assert_close(again.values, largest(logits(hidden * 1e3), 200)[0])
 
 
-@either_type
-def test_where_less_tokens_are_possible_the_others_are_not(dtype):
+@either_kind
+def test_where_less_tokens_are_possible_the_others_are_not(precision):
     weight, bias = torch.randn(128, 24), torch.full((128,), -math.inf)
     bias[[3, 7]] = 0.0
-    kernel = TopKernel(weight, bias, dtype)
+    kernel = TopKernel(weight, bias, precision)
     found = kernel(hidden := rows_of(2), 6, unasked)
     assert found.ids[:, :2].sort(1).values.tolist() == [[3, 7]] * 2
     assert found.values[:, 2:].isneginf().all()
@@ -264,6 +271,53 @@ def test_where_less_tokens_are_possible_the_others_are_not(dtype):
     again = kernel(hidden, 6, lambda some: hidden[some] @ weight.T + bias)
     assert again.values[0].equal(found.values[0])
     assert (again.values[1] - again.normaliser[1])[0].isnan()
+
+
+whole_numbers = pytest.mark.skipif(not multiplies_bytes(), reason="kernels have no products of bytes here")
+LINEARS = [(5, 24), (128, 64), (200, 7)]
+"""Outputs and inputs."""
+
+
+def linear_of(outputs: int, inputs: int, biased: bool):
+    draw = torch.Generator().manual_seed(outputs)
+    weight, bias = torch.randn(outputs, inputs, generator=draw), torch.randn(outputs, generator=draw)
+    return weight, bias if biased else None
+
+
+@whole_numbers
+@few
+@given(st.integers(1, 70), st.sampled_from(LINEARS), st.booleans(), st.booleans(), st.floats(1e-6, 1e6))
+def test_products_in_whole_numbers_are_pytorchs(rows, size, biased, by_step, scale):
+    given = linear_of(*size, biased)
+    ours, others = KernelInt8(*given), pack_int8(*given)
+    x = rows_of(rows, size[1]) * scale
+    x = x.expand(2, -1, -1).mT.contiguous().mT[1] if by_step else x  # in another order in memory
+    torch.testing.assert_close(ours(x), others(x), rtol=1e-5, atol=1e-5 * max(1, scale))
+    assert ours.narrow(x, "relu").equal(ours(x).relu())
+
+
+@whole_numbers
+@few
+@given(st.integers(1, 70), st.sampled_from(LINEARS), st.randoms(use_true_random=False), st.integers(1, 3))
+def test_a_rows_products_in_whole_numbers_are_its_own_in_any_company(rows, size, draw, threads):
+    ours, x = KernelInt8(*linear_of(*size, True)), rows_of(rows, size[1])
+    order = draw.sample(range(rows), draw.randint(1, rows))
+    together = ours(x)
+    with several_threads(threads):
+        assert ours(x[order]).equal(together[order])
+
+
+@whole_numbers
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_products_of_what_is_no_number_are_none(wrong):
+    x = rows_of(3)
+    x[1, 5] = wrong
+    weight, bias = linear_of(5, 24, True)
+    found = KernelInt8(weight, bias)(x)
+    assert found[1].isnan().all()
+    assert not found[[0, 2]].isnan().any()
+    nothing = KernelInt8(weight, bias)(torch.zeros(2, 24))
+    assert nothing.equal(bias.expand(2, -1))
 
 
 @few

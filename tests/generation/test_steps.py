@@ -17,8 +17,10 @@ from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Scaled, generate, in_full
 from triglot.generation.held import keep_rows
+from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.prepared import SHIFT, Prepared, filled_up_projection
 from triglot.generation.steps import Sentences, SentenceSteps, search, start_texts
+from triglot.layers import packed
 from triglot.layers.linear import has_onednn
 from triglot.layers.masks import create_padding_mask
 from triglot.layers.packed import multiplies_int8, multiplies_tiles, pack
@@ -161,13 +163,14 @@ def test_a_search_over_logits_that_are_still_to_be_scaled_finds_what_one_over_al
 
 # The likeliest tokens alone
 
-IN_KERNELS = ["fp32", "bf16"] if multiplies_tiles() else ["fp32"]
+IN_KERNELS = ["fp32", *["bf16"] * multiplies_tiles(), *["int8"] * multiplies_bytes()]
 
 
 @needs_compiler
 @pytest.mark.parametrize("precision", IN_KERNELS)
 @pytest.mark.parametrize("beam", [1, 4])
-def test_a_search_by_kernels_finds_what_one_by_operations_does(precision, beam):
+def test_a_search_by_kernels_finds_what_one_by_operations_does(precision, beam, monkeypatch):
+    monkeypatch.setattr(packed, "SMALL", 0)  # for kernels no projection is too small for whole numbers
     sources, how = texts(5, 12), BeamSearch(beam=beam, eos_ids=[EOS], nbest=beam)
     model = with_powers(20.0)  # of unlike logits, which rounding does not exchange
     ours, others = (Prepared(model, precision, (PAD, BOS), by_kernels=by_kernels) for by_kernels in (True, False))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triglot.generation.compiler import becoming, cpp_compiler, kept
+from triglot.generation.compiler import becoming, cpp_compiler, is_gcc, kept
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Compiled code, from inputs and state in one list."""
@@ -71,19 +71,18 @@ def bound(run: Run, module: nn.Module) -> Run:
 
 
 def _compile(program: torch.export.ExportedProgram, package: str, options: dict[str, Any]) -> None:
-    options = options | {"cpp.cxx": (_with_flags(cpp_compiler()),)}
+    options = options | {"cpp.cxx": (_script(),)}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch's, of itself
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
 
 
-def _with_flags(compiler: str) -> str:
-    """A script that calls GCC with flags of ours behind PyTorch's; another compiler as it is."""
-    from torch._inductor.cpp_builder import is_gcc
+def _script() -> str:
+    """One that calls the compiler with its own arguments and, behind PyTorch's, with flags of ours for GCC.
 
-    if not is_gcc():
-        return compiler
-    text = f'#!/bin/sh\nexec {shlex.quote(compiler)} "$@" {_gcc_flags()}\n'
-    script = kept(text, "-g++")
+    By its name PyTorch knows whose it is.
+    """
+    text = f'#!/bin/sh\nexec {shlex.join(cpp_compiler())} "$@" {_gcc_flags() if is_gcc() else ""}\n'
+    script = kept(text, "-g++" if is_gcc() else "-clang++")
     if not script.exists():
         with becoming(script) as made:
             made.write_text(text)

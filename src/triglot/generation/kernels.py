@@ -42,7 +42,7 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
     path = kept(f"{cpp_compiler()}{source}{flags}{code}", ".so")
     if not path.exists():
         with becoming(path) as made:
-            command = [cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
+            command = [*cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
             told = subprocess.run(command, capture_output=True, text=True)
             rule = f"left out where the C++ compiler does not take its kernels:\n{told.stderr}\n"
             require(told.returncode == 0 and made.exists(), "compiled", rule, True, ConfigError)

@@ -30,9 +30,10 @@ from triglot.generation.attention import (
     turn_table,
 )
 from triglot.generation.held import Held, Place, held_width
+from triglot.generation.int8 import KernelInt8, pack_for_kernels
 from triglot.generation.paged import Pages
 from triglot.generation.residual import PreparedResidual, Stream, norm_of
-from triglot.generation.top import TopKernel, may_multiply_tiles
+from triglot.generation.top import TopKernel, may_multiply
 from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
@@ -51,7 +52,8 @@ SHIFT = 35.0
 """What is taken off logits whose powers are wanted: those of a row's likeliest token are seldom outside −10 to 25."""
 VOCABULARY = 128
 """The vocabulary is filled up to a multiple of this, by tokens that never come."""
-
+FUSED = PackedFloat, KernelInt8
+"""Projections that can have negative numbers become 0 as they come."""
 
 _gelu_tanh = partial(torch.ops.aten.gelu_, approximate="tanh")
 IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -87,10 +89,10 @@ class PreparedFeedForward:
         return cls(inner, outer, feed.activation)
 
     def __call__(self, x: Hidden) -> Hidden:
-        inner = self.inner
-        if self.activation == "relu" and isinstance(inner, PackedFloat) and isinstance(self.outer, PackedFloat):
-            return self.outer.narrow(inner.narrow(x, "relu"))  # which is the same in bf16
-        return self.outer.narrow(activate_apart(inner(x), self.activation))
+        inner, outer = self.inner, self.outer
+        if self.activation == "relu" and isinstance(inner, FUSED) and isinstance(outer, FUSED):
+            return outer.narrow(inner.narrow(x, "relu"))  # which is the same in bf16
+        return outer.narrow(activate_apart(inner(x), self.activation))
 
 
 class PreparedExperts:
@@ -293,7 +295,7 @@ class Prepared:
         *,
         by_kernels: bool = False,
     ) -> None:
-        packer, self.by_kernels = Packer(precision), by_kernels
+        packer, self.by_kernels = Packer(precision, pack_for_kernels if by_kernels else None), by_kernels
         self.encoder = None
         if isinstance(model, Transformer):
             self.encoder = PreparedStack(model.encoder, packer, by_kernels=by_kernels)
@@ -306,9 +308,8 @@ class Prepared:
         if isinstance(self.head, PackedFloat) and self.head.packed and not self.has_bias:  # which it would round
             self.powers = self.head.with_bias(bias - SHIFT)
         self.top = None
-        narrow = self.head.precision == "bf16"
-        if by_kernels and (may_multiply_tiles() if narrow else self.head.precision == "fp32"):
-            self.top = TopKernel(weight, bias, torch.bfloat16 if narrow else torch.float32)
+        if by_kernels and may_multiply(self.head.precision):
+            self.top = TopKernel(weight, bias, self.head.precision)
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
     @property

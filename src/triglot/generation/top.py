@@ -9,8 +9,9 @@ from torch import Tensor
 
 from triglot.decoding.sampling import largest, log_sum_exp
 from triglot.decoding.search import Top
+from triglot.generation.int8 import Int8Weights, multiplies_bytes
 from triglot.generation.kernels import LANES, address, kernel, threads_for
-from triglot.layers.packed import multiplies_tiles
+from triglot.layers.packed import Precision, multiplies_int8, multiplies_tiles
 from triglot.layers.vectors import round_up
 
 ROWS, COLUMNS, INPUTS = 32, 128, 32
@@ -23,23 +24,33 @@ AT_A_TIME = 256
 """Rows whose logits are made where these are not."""
 
 
-def may_multiply_tiles() -> bool:
-    """Whether this processor multiplies tiles, and lets this process, which has to ask for it."""
-    return multiplies_tiles() and torch.cpu._init_amx()
+BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8}
+"""What kernels multiply in."""
+
+
+def may_multiply(precision: Precision) -> bool:
+    """Whether kernels do in this precision; a processor that multiplies tiles has to be asked to let this process."""
+    tiles = multiplies_tiles() and torch.cpu._init_amx()
+    return {"fp32": True, "bf16": tiles, "int8": multiplies_bytes(), "int4": False}[precision]
 
 
 class TopKernel:
-    """A projection to the vocabulary, in fp32 or, where a process `may_multiply_tiles`, in bf16."""
+    """A projection to the vocabulary, in what this process `may_multiply`."""
 
     def __init__(
-        self, weight: Float[Tensor, "vocab inputs"], bias: Float[Tensor, " vocab"], dtype: torch.dtype
+        self, weight: Float[Tensor, "vocab inputs"], bias: Float[Tensor, " vocab"], precision: Precision
     ) -> None:
-        self.tiled = dtype == torch.bfloat16
+        self.bits, self.bias = BITS[precision], bias.float().contiguous()
         vocab, inputs = weight.shape
-        self.width, self.dtype, self.bias = round_up(inputs, INPUTS), dtype, bias.float().contiguous()
-        beside = 2 if self.tiled else 1
-        weight = F.pad(weight.to(dtype), (0, self.width - inputs)).view(vocab // LANES, LANES, -1, beside)
-        self.weight = weight.transpose(1, 2).contiguous()
+        self.width, self.dtype = round_up(inputs, INPUTS), torch.bfloat16 if precision == "bf16" else torch.float32
+        weight = F.pad(weight, (0, self.width - inputs))
+        self.starts, self.scales = None, None
+        if precision == "int8":
+            self.weight, self.starts, self.scales = Int8Weights.of(weight)
+        else:
+            beside = 2 if precision == "bf16" else 1
+            laid = weight.to(self.dtype).view(vocab // LANES, LANES, -1, beside)
+            self.weight = laid.transpose(1, 2).contiguous()
 
     def __call__(
         self,
@@ -52,8 +63,11 @@ class TopKernel:
         filled = F.pad(hidden.to(self.dtype), (0, self.width - inputs, 0, -rows % ROWS)).contiguous()
         values, sums = torch.empty(len(filled), count), torch.empty(len(filled))
         ids = torch.empty(len(filled), count, dtype=torch.long)
-        run = kernel("top.cpp", "top", "ppppppnnn", WIDTH=self.width, COUNT=count, TILED=int(self.tiled))
-        pointers = [address(part) for part in (filled, self.weight, self.bias, values, ids, sums)]
+        sizes = {"WIDTH": self.width, "COUNT": count, "BITS": self.bits, "VNNI": int(multiplies_int8())}
+        run = kernel("top.cpp", "top", "ppppppppnnn", **sizes)
+        pointers = [
+            address(part) for part in (filled, self.weight, self.starts, self.scales, self.bias, values, ids, sums)
+        ]
         run(*pointers, len(filled) // ROWS, len(self.bias), threads_for(rows))
         values, ids, normaliser = values[:rows], ids[:rows], sums.log_()[:rows, None]
         far = ((values[:, 0] < LEAST) | (values[:, 0] > MOST_OF_ALL)).nonzero()[:, 0]

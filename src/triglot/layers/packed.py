@@ -6,7 +6,7 @@ product's bits depend on how many rows there are when those are few; sums of who
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
 import torch
@@ -90,6 +90,10 @@ class Packed(Protocol):
     def narrow(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         """The same in the type in which it comes."""
         ...
+
+
+Pack = Callable[[Tensor, Tensor | None, Precision], Packed]
+"""Makes a projection of a weight and a bias."""
 
 
 class _InFull:
@@ -262,8 +266,8 @@ class PackedInt4(_InFull):
 class Packer:
     """Packs the projections of one model, in one precision, and knows what all of them need."""
 
-    def __init__(self, precision: Precision) -> None:
-        self.precision = precision
+    def __init__(self, precision: Precision, by: "Pack | None" = None) -> None:
+        self.precision, self.pack = precision, by or pack
         self.least_rows = 1
         """From so many rows on, no row's bits depend on the others."""
         self.num_bytes = 0
@@ -273,7 +277,7 @@ class Packer:
 
     def __call__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> Packed:
         """A projection."""
-        made = pack(weight, bias, self.precision)
+        made = self.pack(weight, bias, self.precision)
         self.least_rows = max(self.least_rows, made.least_rows)
         self.num_bytes += made.num_bytes
         self.used.add(made.precision)

@@ -1,0 +1,76 @@
+"""Projections in whole numbers by a kernel (`cpp/linear.cpp`), which rounds rows, multiplies and scales by one pass."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor
+
+from triglot.generation.kernels import LANES, address, kernel, threads_for
+from triglot.layers.packed import LEAST, ZERO, Packed, Precision, Rows, multiplies_int8, pack
+from triglot.layers.vectors import round_up
+
+BESIDE = 4
+"""Inputs of an output whose weights lie side by side."""
+OUTPUTS = 2 * LANES
+"""Outputs that are multiplied at a time."""
+
+
+class Int8Weights(NamedTuple):
+    """Weights as the kernels read them, up to 127, or 64 where a processor adds products of bytes in 16 bits."""
+
+    whole: Int8[Tensor, "outputs_over_lanes inputs_over_beside lanes beside"]
+    starts: Int32[Tensor, " outputs"]
+    """What a sum begins with: rows are bytes in which ZERO stands for 0."""
+    scales: Float[Tensor, " outputs"]
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "outputs inputs"]) -> "Int8Weights":
+        """A multiple of LANES outputs and inputs."""
+        most = 127 if multiplies_int8() else 64
+        largest = weight.float().abs().amax(1).clamp_min(LEAST)
+        whole = (weight * (most / largest)[:, None]).round().to(torch.int8)
+        starts = whole.sum(1, dtype=torch.int32) * -ZERO
+        laid = whole.view(len(whole) // LANES, LANES, -1, BESIDE).transpose(1, 2).contiguous()
+        return cls(laid, starts, largest / most)
+
+
+def multiplies_bytes() -> bool:
+    """Whether kernels have instructions for such products, and PyTorch uses them."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+class KernelInt8:
+    """A projection of any size (`layers.packed.Packed`)."""
+
+    least_rows = 1
+    precision: Precision = "int8"
+    dtype = torch.float32
+
+    def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> None:
+        self.outputs, self.inputs = weight.shape
+        missing = -self.outputs % OUTPUTS, -self.inputs % LANES
+        self.weights = Int8Weights.of(F.pad(weight, (0, missing[1], 0, missing[0])))
+        self.bias = F.pad(weight.new_zeros(self.outputs) if bias is None else bias.float(), (0, missing[0]))
+        self.num_bytes = self.weights.whole.nbytes
+
+    def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
+        return self.narrow(x)
+
+    def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
+        """The same, activated."""
+        width = round_up(self.inputs, LANES)
+        x = F.pad(x, (0, width - self.inputs)).contiguous() if width > self.inputs else x.contiguous()
+        y = torch.empty(len(x), len(self.bias))
+        run = kernel("linear.cpp", "linear", "ppppppnnnn", WIDTH=width, VNNI=int(multiplies_int8()))
+        pointers = [address(part) for part in (x, *self.weights, self.bias, y)]
+        run(*pointers, len(x), len(self.bias), int(activation == "relu"), threads_for(len(x)))
+        return y if len(self.bias) == self.outputs else y[:, : self.outputs]
+
+
+def pack_for_kernels(
+    weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None, precision: Precision
+) -> Packed:
+    """`pack`, in whole numbers by a kernel where there can be one."""
+    return KernelInt8(weight, bias) if precision == "int8" and multiplies_bytes() else pack(weight, bias, precision)

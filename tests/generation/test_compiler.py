@@ -1,0 +1,43 @@
+"""The C++ compiler is the one that is named, and what it cannot do is told before work starts."""
+
+import pytest
+import torch
+
+from tests.conftest import WARNS_OF_ITSELF, needs_compiler
+from triglot.errors import ConfigError
+from triglot.generation import aot
+from triglot.generation.compiler import is_gcc
+from triglot.generation.residual import NormKernel
+
+pytestmark = WARNS_OF_ITSELF
+
+
+@pytest.mark.parametrize("kind", ["decoder_only", "encoder_decoder"])
+@pytest.mark.parametrize("known", ["no-compiler-of-this-name", "", "false", "'"])
+def test_a_machine_without_a_compiler_is_told_before_work(make, kind, known, monkeypatch):
+    monkeypatch.setenv("CXX", known)
+    with pytest.raises(ConfigError, match=r"`compiled` must be left out where there is no C\+\+ comp"):
+        make(kind, compiled=True)
+
+
+@pytest.mark.usefixtures("without_shape_checks")  # which the compiler cannot trace
+@needs_compiler
+def test_the_compiler_may_be_a_command_with_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "env TRIGLOT_TEST=1 g++")
+    x, layer = torch.ones(3, 48), torch.nn.Linear(48, 48)
+    run = aot.bound(aot.compile_module(layer, (x,), (None,), 2**13), layer)
+    torch.testing.assert_close(run([x])[0], layer(x))
+    assert is_gcc()
+    found = NormKernel(norm := torch.nn.LayerNorm(48), torch.float32).read_alone(x)
+    torch.testing.assert_close(found, norm(x).detach())
+    assert {path.suffix for path in (tmp_path / "triglot").iterdir()} == {".pt2", ".so", ""}
+
+
+@needs_compiler
+@pytest.mark.parametrize("unusable", ["a file", "a file/below"])
+def test_a_folder_that_cannot_keep_code_is_told(unusable, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / unusable))
+    with pytest.raises(ConfigError, match="`TORCHINDUCTOR_CACHE_DIR` must be a folder that can be written to, but is "):
+        NormKernel(torch.nn.LayerNorm(64), torch.float32).read_alone(torch.ones(1, 64))
