@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from triglot.decoding.beam import BeamSearch, beam_search
+from triglot.decoding.logits import Scored
 from triglot.decoding.rules import MinLength
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Chooser, Decoded, Scored, Steps, closed_up, generate, stream
+from triglot.decoding.search import Chooser, Decoded, Steps, closed_up, generate, stream
 from triglot.errors import CheckpointError, ConfigError
 
 PAD, BOS, EOS = 0, 1, 2

@@ -14,8 +14,9 @@ from torch.utils import _pytree
 
 from tests.conftest import HAS_COMPILER, WARNS_OF_ITSELF, needs_compiler
 from triglot.config import BlockOptions, ExpertOptions
+from triglot.decoding.logits import Scored
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Scored, generate
+from triglot.decoding.search import generate
 from triglot.errors import ConfigError
 from triglot.generation import aot, compiled, compiler
 from triglot.generation.compiled import Compiled, start_compiled

@@ -33,6 +33,7 @@ few = settings(deadline=None, max_examples=30)
 def made(sentences: int, hypotheses: int, pages: int, size: tuple[int, int, int], dtype: torch.dtype, seed: int):
     """Pages, queries, what is new, and a bias that shows each hypothesis some places, its own among them."""
     heads, kv_heads, head_dim = size
+    pages = max(pages, math.ceil(hypotheses / LANES))  # each writes to a place of its own
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int) -> torch.Tensor:

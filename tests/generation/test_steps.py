@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tests.conftest import HAS_COMPILER, needs_compiler
 from triglot.config import BlockOptions
 from triglot.decoding.beam import BeamSearch
+from triglot.decoding.logits import Scaled, in_full
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Scaled, generate, in_full
+from triglot.decoding.search import generate
 from triglot.generation.held import keep_rows
 from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.prepared import SHIFT, Prepared, filled_up_projection

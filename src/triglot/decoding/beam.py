@@ -13,22 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from triglot.decoding.logits import Powers, Scaled, Top, in_full
 from triglot.decoding.rules import Rule, apply
 from triglot.decoding.sampling import BLOCK, PER_LOG, largest, log_sum_exp, settle_powers, to_powers
-from triglot.decoding.search import (
-    Decoded,
-    Lengths,
-    Powers,
-    Scaled,
-    Steps,
-    Top,
-    closed_up,
-    in_full,
-    limits_of,
-    masked,
-    normalised,
-    refuse_nan,
-)
+from triglot.decoding.search import Decoded, Lengths, Steps, closed_up, limits_of, masked, normalised, refuse_nan
 from triglot.errors import ConfigError, DeadEndError, require
 from triglot.layers.vectors import in_whole_vectors
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
 import torch
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from triglot.decoding.logits import Scaled, Scored, Top, in_full
 from triglot.decoding.rules import Rule, Texts, apply
 from triglot.decoding.sampling import Generators, Sampler, largest, log_sum_exp
 from triglot.errors import CheckpointError, ConfigError, DeadEndError, require
@@ -34,81 +35,6 @@ class Steps(Protocol):
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows in this order; a row may be repeated or left out."""
         ...
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Logits of some rows beside what whoever made them knows of them."""
-
-    logits: Float[Tensor, "rows vocab"]
-    best: Int[Tensor, " rows"]
-    """The first largest of each row."""
-    normaliser: Float[Tensor, "rows 1"]
-    """log Σ exp of each row."""
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.logits.device
-
-    def __getitem__(self, rows: Tensor | slice | list[int]) -> "Scored":
-        """The same of some rows, in this order."""
-        return Scored(self.logits[rows], self.best[rows], self.normaliser[rows])
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Logits of some rows as products of whole numbers give them: still to be multiplied, for whoever wants all."""
-
-    values: Float[Tensor, "rows vocab"]
-    scale: Float[Tensor, "rows 1"]
-    """Above 0."""
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-@dataclass(frozen=True)
-class Powers:
-    """e to the power of some rows' logits, each row's less a number that its probabilities do not depend on."""
-
-    values: BFloat16[Tensor, "rows vocab"]
-    """0 where the power is too small for its type, 1 or near it where it may have been too large."""
-    logits: Callable[[Int[Tensor, " some"]], Float[Tensor, "some vocab"]]
-    """What they are powers of, of some of the rows."""
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-@dataclass(frozen=True)
-class Top:
-    """The largest logits of some rows, falling, ties by lower id; −∞ where there are no more."""
-
-    values: Float[Tensor, "rows count"]
-    ids: Int[Tensor, "rows count"]
-    normaliser: Float[Tensor, "rows 1"]
-    """log Σ exp of all of each row."""
-
-    def __getitem__(self, rows: Tensor | slice | list[int]) -> "Top":
-        """The same of some rows, in this order."""
-        return Top(self.values[rows], self.ids[rows], self.normaliser[rows])
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.values.device
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-def in_full(logits: Float[Tensor, "rows vocab"] | Scaled) -> Float[Tensor, "rows vocab"]:
-    """The logits themselves, in fp32; what they are made of is used up."""
-    return logits.values.mul_(logits.scale) if isinstance(logits, Scaled) else logits.float()
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from triglot.decoding.search import Scored
+from triglot.decoding.logits import Scored
 from triglot.generation.captured_prompts import PromptReader, Read
 from triglot.generation.cuda_graph import captured
 from triglot.generation.token_reader import TokenReader

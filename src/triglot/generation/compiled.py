@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from triglot.decoding.search import Scored
+from triglot.decoding.logits import Scored
 from triglot.generation.aot import Run, bound, compile_module, state_of
 from triglot.generation.one_token import Blocks, Head, OneToken, Start
 from triglot.generation.prepared import Prepared

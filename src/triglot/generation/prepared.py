@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
-from triglot.decoding.search import Powers, Scaled, Top
+from triglot.decoding.logits import Powers, Scaled, Top
 from triglot.errors import require
 from triglot.generation.attention import (
     Memory,

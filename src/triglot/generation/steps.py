@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triglot.decoding.beam import Beams, BeamSearch, Logits
+from triglot.decoding.logits import Scaled, Top
 from triglot.decoding.rules import Within
 from triglot.decoding.sampling import Sampler
-from triglot.decoding.search import Chooser, Decoded, Scaled, Top, gather, stream_in_parts
+from triglot.decoding.search import Chooser, Decoded, gather, stream_in_parts
 from triglot.errors import DeadEndError
 from triglot.generation.attention import Memory, PagedMemory, Part
 from triglot.generation.held import LENGTH, Held, Place

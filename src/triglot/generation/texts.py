@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from triglot.decoding.logits import Scored
 from triglot.decoding.rules import Rule, Within
-from triglot.decoding.search import Scored, ScoredSteps, Steps, Token, stream
+from triglot.decoding.search import ScoredSteps, Steps, Token, stream
 from triglot.decoding.speculation import SteppingBack, speculate
 from triglot.errors import ConfigError, DeadEndError, require
 from triglot.generation.captured import start_captured

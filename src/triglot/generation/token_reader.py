@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from triglot.blocks import Block
+from triglot.decoding.logits import Scored
 from triglot.decoding.sampling import first_largest
-from triglot.decoding.search import Scored
 from triglot.generation.one_token import OneTokenAttention, written
 from triglot.generation.prepared import filled_up_projection
 from triglot.layers.attend import FORBIDDEN

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from triglot.decoding.logits import Top
 from triglot.decoding.sampling import largest, log_sum_exp
-from triglot.decoding.search import Top
 from triglot.generation.int8 import Int8Weights, multiplies_bytes
 from triglot.generation.kernels import LANES, address, kernel, threads_for
 from triglot.layers.packed import Precision, multiplies_int8, multiplies_tiles
