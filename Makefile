@@ -35,6 +35,7 @@ docs: install
 
 test: lint
 	$(PYTEST) -n 2 -m "not slow"
+	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -q tests/generation/test_kernels.py
 
 browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt playwright

@@ -41,3 +41,16 @@ def test_a_folder_that_cannot_keep_code_is_told(unusable, tmp_path, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / unusable))
     with pytest.raises(ConfigError, match="`TORCHINDUCTOR_CACHE_DIR` must be a folder that can be written to, but is "):
         NormKernel(torch.nn.LayerNorm(64), torch.float32).read_alone(torch.ones(1, 64))
+
+
+def test_a_compiler_that_makes_what_cannot_be_loaded_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    made_up = tmp_path / "c++"
+    made_up.write_text('#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo nothing > "$last"\n')
+    made_up.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(made_up))
+    with pytest.raises(
+        ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler's kernels cannot be lo"
+    ):
+        NormKernel(torch.nn.LayerNorm(80), torch.float32).read_alone(torch.ones(1, 80))
+    assert not list((tmp_path / "triglot").iterdir())

@@ -13,13 +13,14 @@ from torch import nn
 from tests.conftest import needs_compiler
 from triglot.decoding.sampling import largest
 from triglot.errors import ConfigError
-from triglot.generation import kernels
+from triglot.generation import int8, kernels, top
 from triglot.generation.int8 import KernelInt8, multiplies_bytes
 from triglot.generation.paged import LANES, New, Pages
 from triglot.generation.residual import NormKernel
 from triglot.generation.top import TopKernel
+from triglot.layers import packed
 from triglot.layers.attend import FORBIDDEN
-from triglot.layers.packed import multiplies_tiles, pack_int8
+from triglot.layers.packed import multiplies_int8, multiplies_tiles, pack_int8
 
 pytestmark = needs_compiler
 HALF = torch.finfo(torch.bfloat16).eps / 2
@@ -166,10 +167,25 @@ def test_norms_keep_what_is_no_number(bits):
     assert not found.read[0].isnan().any()
 
 
+whole_numbers = pytest.mark.skipif(not multiplies_bytes(), reason="kernels have no products of bytes here")
+IN_BYTES = ["int8", *["int8 in pairs"] * multiplies_int8()]
+"""As this processor sums products of bytes, and as one without VNNI does."""
+
+
+@contextmanager
+def in_bytes(how: str):
+    """What is made within sums products so."""
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "int8 in pairs":
+            for module in (packed, int8, top):
+                patch.setattr(module, "multiplies_int8", lambda: False)
+        yield
+
+
 KINDS = [
     "fp32",
     pytest.param("bf16", marks=pytest.mark.skipif(not multiplies_tiles(), reason="this processor multiplies no tiles")),
-    pytest.param("int8", marks=pytest.mark.skipif(not multiplies_bytes(), reason="it has no products of bytes")),
+    *(pytest.param(one, marks=whole_numbers) for one in IN_BYTES),
 ]
 either_kind = pytest.mark.parametrize("precision", KINDS)
 COUNTS = [1, 6]
@@ -182,11 +198,18 @@ def head(precision, inputs: int = 24, blocks: int = 3, whole: bool = False):
     weight, bias = torch.randn(blocks * 128, inputs, generator=draw), torch.randn(blocks * 128, generator=draw)
     weight, bias = (weight.round(), bias.round()) if whole else (weight, bias)
     bias[[0, 2]] = -math.inf
-    kernel = TopKernel(weight, bias, precision)
-    if precision == "int8":
-        return pack_int8(weight, bias), kernel
+    if precision in IN_BYTES:
+        with in_bytes(precision):
+            return pack_int8(weight, bias), kernel_of(weight, bias, precision)
+    kernel = kernel_of(weight, bias, precision)
     rounded = weight.to(kernel.dtype).float()
     return (lambda rows: rows.to(kernel.dtype).float() @ rounded.T + bias), kernel
+
+
+def kernel_of(weight, bias, precision):
+    """The kernel alone."""
+    with in_bytes(precision):
+        return TopKernel(weight, bias, "int8" if precision in IN_BYTES else precision)
 
 
 def rows_of(number: int, inputs: int = 24, seed: int = 0) -> torch.Tensor:
@@ -208,7 +231,7 @@ def test_the_likeliest_tokens_are_the_largest_logits(precision, rows, inputs, co
     values, ids = largest(expected, count)  # ties by lower id
     torch.testing.assert_close(found.values, values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(expected.gather(1, found.ids), values, rtol=1e-5, atol=1e-5)
-    assert found.ids.equal(ids) or precision == "int8"  # whose logits may be alike to a rounding's difference
+    assert found.ids.equal(ids) or precision in IN_BYTES  # whose logits may be alike to a rounding's difference
     torch.testing.assert_close(found.normaliser[:, 0], expected.logsumexp(1), rtol=1e-5, atol=1e-5)
     assert (found.values[:, :1] <= found.normaliser).all()
 
@@ -243,7 +266,7 @@ def test_rows_whose_logits_are_far_from_0_are_made_anew(precision):
 def test_a_normaliser_misses_nothing_wherever_logits_are(precision, by, anew):
     bias = torch.full((128,), by - 21)
     bias[7] = by
-    kernel = TopKernel(torch.zeros(128, 32), bias, precision)
+    kernel = kernel_of(torch.zeros(128, 32), bias, precision)
     asked = []
     found = kernel(torch.zeros(1, 32), 1, lambda some: asked.append(some) or bias[None].expand(len(some), -1))
     assert bool(asked) == anew
@@ -264,7 +287,7 @@ def test_there_are_no_more_tokens_than_the_vocabulary_has(precision):
 def test_where_less_tokens_are_possible_the_others_are_not(precision):
     weight, bias = torch.randn(128, 24), torch.full((128,), -math.inf)
     bias[[3, 7]] = 0.0
-    kernel = TopKernel(weight, bias, precision)
+    kernel = kernel_of(weight, bias, precision)
     found = kernel(hidden := rows_of(2), 6, unasked)
     assert found.ids[:, :2].sort(1).values.tolist() == [[3, 7]] * 2
     assert found.values[:, 2:].isneginf().all()
@@ -274,9 +297,11 @@ def test_where_less_tokens_are_possible_the_others_are_not(precision):
     assert (again.values[1] - again.normaliser[1])[0].isnan()
 
 
-whole_numbers = pytest.mark.skipif(not multiplies_bytes(), reason="kernels have no products of bytes here")
 LINEARS = [(5, 24), (128, 64), (200, 7)]
 """Outputs and inputs."""
+
+
+either_sum = pytest.mark.parametrize("how", [pytest.param(one, marks=whole_numbers) for one in IN_BYTES])
 
 
 def linear_of(outputs: int, inputs: int, biased: bool):
@@ -285,40 +310,43 @@ def linear_of(outputs: int, inputs: int, biased: bool):
     return weight, bias if biased else None
 
 
-@whole_numbers
+@either_sum
 @few
 @given(st.integers(1, 70), st.sampled_from(LINEARS), st.booleans(), st.booleans(), st.floats(1e-6, 1e6))
-def test_products_in_whole_numbers_are_pytorchs(rows, size, biased, by_step, scale):
+def test_products_in_whole_numbers_are_pytorchs(how, rows, size, biased, by_step, scale):
     given = linear_of(*size, biased)
-    ours, others = KernelInt8(*given), pack_int8(*given)
+    with in_bytes(how):
+        ours, others = KernelInt8(*given), pack_int8(*given)
     x = rows_of(rows, size[1]) * scale
     x = x.expand(2, -1, -1).mT.contiguous().mT[1] if by_step else x  # in another order in memory
     torch.testing.assert_close(ours(x), others(x), rtol=1e-5, atol=1e-5 * max(1, scale))
     assert ours.narrow(x, "relu").equal(ours(x).relu())
 
 
-@whole_numbers
+@either_sum
 @few
 @given(st.integers(1, 70), st.sampled_from(LINEARS), st.randoms(use_true_random=False), st.integers(1, 3))
-def test_a_rows_products_in_whole_numbers_are_its_own_in_any_company(rows, size, draw, threads):
-    ours, x = KernelInt8(*linear_of(*size, True)), rows_of(rows, size[1])
+def test_a_rows_products_in_whole_numbers_are_its_own_in_any_company(how, rows, size, draw, threads):
+    with in_bytes(how):
+        ours, x = KernelInt8(*linear_of(*size, True)), rows_of(rows, size[1])
     order = draw.sample(range(rows), draw.randint(1, rows))
     together = ours(x)
     with several_threads(threads):
         assert ours(x[order]).equal(together[order])
 
 
-@whole_numbers
+@either_sum
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_products_of_what_is_no_number_are_none(wrong):
+def test_products_of_what_is_no_number_are_none(how, wrong):
     x = rows_of(3)
     x[1, 5] = wrong
     weight, bias = linear_of(5, 24, True)
-    found = KernelInt8(weight, bias)(x)
+    with in_bytes(how):
+        ours = KernelInt8(weight, bias)
+    found = ours(x)
     assert found[1].isnan().all()
     assert not found[[0, 2]].isnan().any()
-    nothing = KernelInt8(weight, bias)(torch.zeros(2, 24))
-    assert nothing.equal(bias.expand(2, -1))
+    assert ours(torch.zeros(2, 24)).equal(bias.expand(2, -1))
 
 
 @few

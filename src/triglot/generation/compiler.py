@@ -4,7 +4,9 @@ import getpass
 import hashlib
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,10 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from triglot.errors import ConfigError, require
+
+PATHLIKE = r'[\\/:*?"<>|]'
+"""What a file's name cannot have on some system."""
 
 
 def cpp_compiler() -> list[str]:
@@ -23,24 +29,34 @@ def cpp_compiler() -> list[str]:
 
     It is the one that PyTorch would find, whose own search takes a second or two to import.
     """
-    command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    rule = "left out where there is no C++ compiler (g++, or what the variable CXX says)"
-    require(bool(_version(command)), "compiled", rule, True, ConfigError)
-    return shlex.split(command)
+    return _compiler().command
 
 
 def is_gcc() -> bool:
     """Whether the compiler is GCC, by what it says of itself."""
-    return "Free Software Foundation" in _version(shlex.join(cpp_compiler()))
+    return "Free Software Foundation" in _compiler().version
+
+
+class Compiler(NamedTuple):
+    """What is called, and what it says of itself."""
+
+    command: list[str]
+    version: str
+
+
+def _compiler() -> Compiler:
+    return _compiler_of(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 @cache
-def _version(command: str) -> str:
+def _compiler_of(known: str) -> Compiler:
     try:
-        told = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True)
-    except (subprocess.SubprocessError, OSError, ValueError):
-        return ""
-    return told.stdout
+        command = [known] if shutil.which(known) else shlex.split(known)
+        told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        rule = "left out where there is no C++ compiler (g++, or what the variable CXX says)"
+        raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
+    return Compiler(command, told)
 
 
 @contextmanager
@@ -57,13 +73,21 @@ def becoming(path: Path) -> Iterator[Path]:
 def kept(program: str, suffix: str) -> Path:
     """Where the code of a program for this very machine is, or is to be: among PyTorch's own."""
     cpu = torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items())
-    also = platform.node(), cpu, torch.__version__
+    also = platform.node(), cpu, torch.__version__, _compiler()
     return _folder() / f"{hashlib.sha256(f'{program}{also}'.encode()).hexdigest()}{suffix}"
 
 
 def _folder() -> Path:
-    own = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own)).absolute() / "triglot"
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_folder()).absolute() / "triglot"
     with suppress(OSError):  # of which whoever wants to write is told
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _default_folder() -> Path:
+    """The one that PyTorch names in that variable once it has compiled something."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):  # as of a container's user that has no name
+        user = f"uid_{os.getuid()}"
+    return Path(tempfile.gettempdir(), f"torchinductor_{re.sub(PATHLIKE, '_', user)}")

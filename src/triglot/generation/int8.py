@@ -8,7 +8,7 @@ from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
 from triglot.generation.kernels import LANES, address, kernel, threads_for
-from triglot.layers.packed import LEAST, ZERO, Packed, Precision, Rows, multiplies_int8, pack
+from triglot.layers.packed import LEAST, ZERO, Packed, PackedInt4, Precision, Rows, multiplies_int8, pack
 from triglot.layers.vectors import round_up
 
 BESIDE = 4
@@ -53,17 +53,18 @@ class KernelInt8:
         missing = -self.outputs % OUTPUTS, -self.inputs % LANES
         self.weights = Int8Weights.of(F.pad(weight, (0, missing[1], 0, missing[0])))
         self.bias = F.pad(weight.new_zeros(self.outputs) if bias is None else bias.float(), (0, missing[0]))
-        self.num_bytes = self.weights.whole.nbytes
+        self.num_bytes, self.vnni = self.weights.whole.nbytes, int(multiplies_int8())
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
         return self.narrow(x)
 
     def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
         """The same, activated."""
+        assert x.size(1) == self.inputs, "a kernel reads so many numbers, whatever there is"
         width = round_up(self.inputs, LANES)
-        x = F.pad(x, (0, width - self.inputs)).contiguous() if width > self.inputs else x.contiguous()
-        y = torch.empty(len(x), len(self.bias))
-        run = kernel("linear.cpp", "linear", "ppppppnnnn", WIDTH=width, VNNI=int(multiplies_int8()))
+        x = (F.pad(x, (0, width - self.inputs)) if width > self.inputs else x).float().contiguous()
+        y = torch.empty(len(x), len(self.bias), dtype=torch.float32)
+        run = kernel("linear.cpp", "linear", "ppppppnnnn", WIDTH=width, VNNI=self.vnni)
         pointers = [address(part) for part in (x, *self.weights, self.bias, y)]
         run(*pointers, len(x), len(self.bias), int(activation == "relu"), threads_for(len(x)))
         return y if len(self.bias) == self.outputs else y[:, : self.outputs]
@@ -73,4 +74,5 @@ def pack_for_kernels(
     weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None, precision: Precision
 ) -> Packed:
     """`pack`, in whole numbers by a kernel where there can be one."""
-    return KernelInt8(weight, bias) if precision == "int8" and multiplies_bytes() else pack(weight, bias, precision)
+    whole = precision == "int8" or (precision == "int4" and not PackedInt4.takes(weight))
+    return KernelInt8(weight, bias) if whole and multiplies_bytes() else pack(weight, bias, precision)

@@ -39,17 +39,26 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
     flags = [*FLAGS.split(), *architecture.split(), f"-DLANES={LANES}"]
     flags += [f"-D{key}={TYPES.get(value, value)}" for key, value in given.items()]
     code = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))]
-    path = kept(f"{cpp_compiler()}{source}{flags}{code}", ".so")
+    path = kept(f"{source}{flags}{code}", ".so")
     if not path.exists():
         with becoming(path) as made:
             command = [*cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
             told = subprocess.run(command, capture_output=True, text=True)
             rule = f"left out where the C++ compiler does not take its kernels:\n{told.stderr}\n"
             require(told.returncode == 0 and made.exists(), "compiled", rule, True, ConfigError)
-    run = getattr(ctypes.CDLL(str(path)), name)
+            _load(made)
+    run = getattr(_load(path), name)
     run.restype = None
     run.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}[letter] for letter in types]
     return run
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # as where a compiler of C was named
+        rule = f"left out where the C++ compiler's kernels cannot be loaded ({error})"
+        raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
 
 
 def address(x: Tensor | None) -> int | None:

@@ -40,7 +40,7 @@ class TopKernel:
     def __init__(
         self, weight: Float[Tensor, "vocab inputs"], bias: Float[Tensor, " vocab"], precision: Precision
     ) -> None:
-        self.bits, self.bias = BITS[precision], bias.float().contiguous()
+        self.bits, self.vnni, self.bias = BITS[precision], int(multiplies_int8()), bias.float().contiguous()
         vocab, inputs = weight.shape
         self.width, self.dtype = round_up(inputs, INPUTS), torch.bfloat16 if precision == "bf16" else torch.float32
         weight = F.pad(weight, (0, self.width - inputs))
@@ -63,7 +63,7 @@ class TopKernel:
         filled = F.pad(hidden.to(self.dtype), (0, self.width - inputs, 0, -rows % ROWS)).contiguous()
         values, sums = torch.empty(len(filled), count), torch.empty(len(filled))
         ids = torch.empty(len(filled), count, dtype=torch.long)
-        sizes = {"WIDTH": self.width, "COUNT": count, "BITS": self.bits, "VNNI": int(multiplies_int8())}
+        sizes = {"WIDTH": self.width, "COUNT": count, "BITS": self.bits, "VNNI": self.vnni}
         run = kernel("top.cpp", "top", "ppppppppnnn", **sizes)
         pointers = [
             address(part) for part in (filled, self.weight, self.starts, self.scales, self.bias, values, ids, sums)

@@ -266,8 +266,8 @@ class PackedInt4(_InFull):
 class Packer:
     """Packs the projections of one model, in one precision, and knows what all of them need."""
 
-    def __init__(self, precision: Precision, by: "Pack | None" = None) -> None:
-        self.precision, self.pack = precision, by or pack
+    def __init__(self, precision: Precision, make: Pack | None = None) -> None:
+        self.precision, self.make = precision, make or pack
         self.least_rows = 1
         """From so many rows on, no row's bits depend on the others."""
         self.num_bytes = 0
@@ -277,7 +277,7 @@ class Packer:
 
     def __call__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> Packed:
         """A projection."""
-        made = self.pack(weight, bias, self.precision)
+        made = self.make(weight, bias, self.precision)
         self.least_rows = max(self.least_rows, made.least_rows)
         self.num_bytes += made.num_bytes
         self.used.add(made.precision)
