@@ -49,8 +49,6 @@ def test_a_compiler_that_makes_what_cannot_be_loaded_is_told_and_leaves_nothing(
     made_up.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(made_up))
-    with pytest.raises(
-        ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler's kernels cannot be"
-    ):
+    with pytest.raises(ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler's kernels cannot be"):
         NormKernel(torch.nn.LayerNorm(80), torch.float32).read_alone(torch.ones(1, 80))
     assert not list((tmp_path / "triglot").iterdir())
