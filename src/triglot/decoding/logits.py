@@ -26,7 +26,7 @@ class _OfRows:
 
     def __getitem__(self: Own, rows: Tensor | slice | list[int]) -> Own:
         """The same of some rows, in this order."""
-        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))  # type: ignore[arg-type]
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))  # type: ignore[arg-type]  # a dataclass
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
 from triglot.generation.kernels import LANES, address, kernel, threads_for
-from triglot.layers.packed import LEAST, ZERO, Packed, PackedInt4, Precision, Rows, multiplies_int8, pack
+from triglot.layers.packed import ZERO, Packed, PackedInt4, Precision, Rows, multiplies_int8, pack, whole_weights
 from triglot.layers.vectors import round_up
 
 BESIDE = 4
@@ -29,8 +29,7 @@ class Int8Weights(NamedTuple):
     def of(cls, weight: Float[Tensor, "outputs inputs"]) -> "Int8Weights":
         """A multiple of LANES outputs and inputs."""
         most = 127 if multiplies_int8() else 64
-        largest = weight.float().abs().amax(1).clamp_min(LEAST)
-        whole = (weight * (most / largest)[:, None]).round().to(torch.int8)
+        whole, largest = whole_weights(weight, most)
         starts = whole.sum(1, dtype=torch.int32) * -ZERO
         laid = whole.view(len(whole) // LANES, LANES, -1, BESIDE).transpose(1, 2).contiguous()
         return cls(laid, starts, largest / most)

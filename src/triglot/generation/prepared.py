@@ -295,8 +295,7 @@ class Prepared:
         *,
         by_kernels: bool = False,
     ) -> None:
-        make, self.by_kernels = pack_for_kernels if by_kernels else pack, by_kernels
-        packer = Packer(precision, make)
+        packer, self.by_kernels = Packer(precision, pack_for_kernels if by_kernels else pack), by_kernels
         self.encoder = None
         if isinstance(model, Transformer):
             self.encoder = PreparedStack(model.encoder, packer, by_kernels=by_kernels)
@@ -304,7 +303,7 @@ class Prepared:
         self.decoder = PreparedStack(decoder, packer, by_kernels=by_kernels)
         weight, bias = filled_up_projection(model.projection, banned)
         self.has_bias, self.never = model.projection.bias is not None, bias.isneginf().nonzero()[:, 0]
-        self.head = make(weight, bias, "int8" if precision == "int4" else precision)  # four bits for logits are too few
+        self.head = packer.make(weight, bias, "int8" if precision == "int4" else precision)  # four bits are too few
         self.powers = None
         if isinstance(self.head, PackedFloat) and self.head.packed and not self.has_bias:  # which it would round
             self.powers = self.head.with_bias(bias - SHIFT)

@@ -22,16 +22,15 @@ LEAST, MOST_OF_ALL = -40.0, 60.0
 """Where a row's largest logit is between these, powers of e are numbers, and the sum has all that are e⁻⁴⁰ of it."""
 AT_A_TIME = 256
 """Rows whose logits are made where these are not."""
-
-
 BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8}
 """What kernels multiply in."""
 
 
 def may_multiply(precision: Precision) -> bool:
     """Whether kernels do in this precision; a processor that multiplies tiles has to be asked to let this process."""
-    tiles = multiplies_tiles() and torch.cpu._init_amx()
-    return {"fp32": True, "bf16": tiles, "int8": multiplies_bytes(), "int4": False}[precision]
+    if precision == "bf16":
+        return multiplies_tiles() and torch.cpu._init_amx()
+    return precision == "fp32" or (precision == "int8" and multiplies_bytes())
 
 
 class TopKernel:

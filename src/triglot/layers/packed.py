@@ -57,6 +57,14 @@ def scale_rows(x: Rows) -> tuple[Rows, Float[Tensor, "rows 1"]]:
     return x * (_MOST / largest), largest
 
 
+def whole_weights(
+    weight: Float[Tensor, "outputs inputs"], most: int
+) -> tuple[Int8[Tensor, "outputs inputs"], Float[Tensor, " outputs"]]:
+    """Whole numbers from −`most` to `most`, and the magnitude of each output that has become `most`."""
+    largest = weight.float().abs().amax(1).clamp_min(LEAST)
+    return (weight * (most / largest)[:, None]).round().to(torch.int8), largest
+
+
 def prepack_for_fbgemm(whole: Int8[Tensor, "outputs inputs"], scale: Float[Tensor, " outputs"]) -> torch.ScriptObject:
     """Weights as FBGEMM wants them."""
     with warnings.catch_warnings():  # PyTorch wants to be rid of tensors that are quantised; its products want one
@@ -178,8 +186,7 @@ class PackedInt8(_InFull):
     precision: Precision = "int8"
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
-        largest = weight.float().abs().amax(1).clamp_min(LEAST)
-        whole: Int8[Tensor, "outputs inputs"] = (weight * (127 / largest)[:, None]).round().to(torch.int8)
+        whole, largest = whole_weights(weight, 127)
         self.scale = largest / 127**2
         self.bias = None if bias is None else bias.float()
         self.num_bytes = whole.nbytes
@@ -222,8 +229,7 @@ class PackedInt7(_InFull):
     precision: Precision = "int8"
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
-        largest = weight.float().abs().amax(1).clamp_min(LEAST)
-        whole = (weight * (64 / largest)[:, None]).round().to(torch.int8)
+        whole, largest = whole_weights(weight, 64)
         self.scale = largest / (64 * 127)
         self.bias = None if bias is None else bias.float()
         self.num_bytes = whole.nbytes

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int BESIDE = 4;                // numbers of a row whose products are summed by one instruction
+constexpr int BESIDE = 4;                  // numbers of a row whose products are summed by one instruction
 constexpr int SOME = LANES / 2, SIDE = 2;  // rows and vectors of outputs whose sums are taken at a time, in registers
 
 // `sums`, and in each place the sum of four products.
@@ -49,9 +49,8 @@ template <int INPUTS> float to_bytes(const float* row, uint8_t* bytes) {
     }
     const float whole = largest(most), all = whole > 1e-30f ? whole : 1e-30f, scale = 127 / all;
     const float rounder = 1.5f * (1 << 23) + 128;  // numbers beside it are whole, and stand in the last bits
-    for (int at = 0; at < INPUTS; at += LANES) {
+    for (int at = 0; at < INPUTS; at += LANES)
         store_last(bytes + at, as<Words>(load(row + at) * scale + rounder));
-    }
     return all / 127 + total(none);
 }
 
