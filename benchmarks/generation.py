@@ -290,19 +290,18 @@ def engine_texts(write: Callable[[Path], Path], read: Callable[[Path], engines.T
 
 
 def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, Callable[[], Work]]]:
-    """Everyone's settings; transformers, CTranslate2 and compiled code have none of 4 bits, OpenVINO no GPT-2."""
+    """Everyone's settings; transformers and CTranslate2 have none of 4 bits, OpenVINO no GPT-2."""
     given = (shape, rows, precision)
     flash = {"without": False, "with": True}
     known: dict[str, dict[str, Callable[[], Work]]] = {
         "triglot": {precision: partial(our_texts, *given)},
+        "triglot, compiled": {precision: partial(our_texts, *given, compiles=True)},
         "transformers": {"fp32": partial(transformers_texts, shape, rows)},
         "CTranslate2": {"int8": partial(ctranslate2_texts, shape, rows, "int8")},
         "llama.cpp": {
             f"{precision}, {name} flash attention": partial(llama_cpp_texts, *given, on) for name, on in flash.items()
         },
     }
-    if precision != "int4":
-        known["triglot, compiled"] = {precision: partial(our_texts, *given, compiles=True)}
     if shape.startswith("SmolLM2"):
         known["OpenVINO GenAI"] = {
             f"{precision}, {name}": partial(openvino_texts, *given, name) for name in ("SDPA", "PA")

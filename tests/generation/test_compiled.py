@@ -18,7 +18,7 @@ from triglot.decoding.logits import Scored
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import generate
 from triglot.errors import ConfigError
-from triglot.generation import aot, compiled, compiler
+from triglot.generation import aot, compiled
 from triglot.generation.compiled import Compiled, start_compiled
 from triglot.generation.one_token import Head, WholeLinear, row_linear
 from triglot.generation.prepared import Prepared
@@ -29,7 +29,7 @@ from triglot.models.decoder_only import DecoderLLM
 VOCAB, LONGEST = 60, 97
 PROMPTS = [[7], [5, 9, 3], list(range(3, 40))]
 LLAMA = BlockOptions(norm="rms", norm_order="pre", positions="rotary", activation="swiglu", num_kv_heads=2, bias=False)
-TOLERANCE = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.05}
+TOLERANCE = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.05, "int4": 0.4}
 
 pytestmark = [
     pytest.mark.usefixtures("without_shape_checks"),  # which the compiler cannot trace
@@ -61,13 +61,24 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(compiled, "compile_module", interpreted)
 
 
+def keep_code_in(folder, patch):
+    """Compile anew, by the same script, for which PyTorch's headers are compiled once."""
+    kept = aot.kept
+
+    def kept_here(program, suffix):
+        path = kept(program, suffix)
+        return folder / path.name if suffix == ".pt2" else path
+
+    patch.setattr(aot, "kept", kept_here)
+
+
 @pytest.fixture(scope="module")
 def code(tmp_path_factory):
     """Compiles into a folder of its own."""
     if not HAS_COMPILER:
         pytest.skip("there is no C++ compiler here")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("code")))
+        keep_code_in(tmp_path_factory.mktemp("code"), patch)
         threads = torch.get_num_threads()
         torch.set_num_threads(2)  # who could share a sum
         yield
@@ -114,10 +125,11 @@ def test_what_is_exported_takes_texts_of_any_length(prompts, changes, monkeypatc
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, rows):
+@pytest.mark.parametrize(("precision", "inputs"), [(one, 64 if one == "int4" else 37) for one in TOLERANCE])
+@needs_compiler
+def test_rows_are_multiplied_as_a_linear_layer_does_it(precision, inputs, rows):
     torch.manual_seed(1)
-    layer, x = torch.nn.Linear(37, 51), torch.randn(rows, 1, 37)
+    layer, x = torch.nn.Linear(inputs, 51), torch.randn(rows, 1, inputs)
     found = row_linear(layer.weight, layer.bias, precision)(x)
     torch.testing.assert_close(found, layer(x), rtol=0, atol=TOLERANCE[precision])
 
@@ -149,13 +161,18 @@ def test_the_head_knows_the_first_largest_logit_and_the_sum_of_many_blocks(tied)
 
 @pytest.mark.usefixtures("code")
 @pytest.mark.parametrize(
-    ("norm", "layers", "precision"), [pytest.param("layer", 2, "fp32", marks=pytest.mark.slow), ("rms", 1, "int8")]
+    ("norm", "layers", "precision"),
+    [
+        pytest.param("layer", 2, "fp32", marks=pytest.mark.slow),
+        pytest.param("rms", 1, "int8", marks=pytest.mark.slow),
+        ("rms", 1, "int4"),  # and of eight bits what four do not fit: the logits, and sums of 40
+    ],
 )
 def test_compiled_code_says_what_its_modules_say_whatever_the_length_and_company_and_is_kept(
     norm, layers, precision, monkeypatch
 ):
     torch.manual_seed(0)
-    model = DecoderLLM(VOCAB, 1040, 2, layers, 40, LONGEST, options=replace(LLAMA, norm=norm)).eval()
+    model = DecoderLLM(VOCAB, 1056, 2, layers, 40, LONGEST, options=replace(LLAMA, norm=norm)).eval()
     prepared, made, plain = Prepared(model), Compiled(model, precision), Compiled(model, precision)
     assert made.together == compiled.TOGETHER
     with pytest.MonkeyPatch.context() as patch:
@@ -260,8 +277,11 @@ def test_what_is_not_decoded_by_compiled_code_is_refused(make):
 
 
 @needs_compiler
-def test_four_bits_are_not_compiled(make):
-    with pytest.raises(ConfigError, match="`precision` must be fp32, bf16 or int8 where texts are `compiled`"):
+def test_four_bits_are_compiled_where_there_are_kernels_for_them(make, monkeypatch):
+    monkeypatch.setattr("triglot.generation.ready.multiplies_bytes", lambda: True)
+    assert make("decoder_only", compiled=True, precision="int4").precision == "int8 and int4"
+    monkeypatch.setattr("triglot.generation.ready.multiplies_bytes", lambda: False)
+    with pytest.raises(ConfigError, match="`precision` must be fp32, bf16 or int8 where texts are `compiled` for a"):
         make("decoder_only", compiled=True, precision="int4")
 
 
@@ -278,7 +298,7 @@ def test_sums_of_whole_numbers_become_vectors(experts, tmp_path, monkeypatch):
         pytest.skip("there is no objdump here, or it would show another processor's names")
     layer, inputs = WholeLinear(torch.randn(*experts, 64, 64), None), [torch.randn(1, 1, 64)]
     inputs += [torch.tensor([1]) for _ in experts]
-    monkeypatch.setattr(compiler, "_folder", lambda: tmp_path)
+    keep_code_in(tmp_path, monkeypatch)
     run = aot.bound(aot.compile_module(layer, tuple(inputs), (None,) * len(inputs), 2**13), layer)
     torch.testing.assert_close(run(inputs)[0], layer(*inputs))
     (package,) = tmp_path.glob("*.pt2")

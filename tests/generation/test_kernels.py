@@ -13,14 +13,15 @@ from torch import nn
 from tests.conftest import needs_compiler
 from triglot.decoding.sampling import largest
 from triglot.errors import ConfigError
-from triglot.generation import int8, kernels, top
+from triglot.generation import int4, int8, kernels, top
+from triglot.generation.int4 import KernelInt4
 from triglot.generation.int8 import KernelInt8, multiplies_bytes
 from triglot.generation.paged import LANES, New, Pages
 from triglot.generation.residual import NormKernel
 from triglot.generation.top import TopKernel
 from triglot.layers import packed
 from triglot.layers.attend import FORBIDDEN
-from triglot.layers.packed import multiplies_int8, multiplies_tiles, pack_int8
+from triglot.layers.packed import GROUP, PackedInt4, four_bits, multiplies_int8, multiplies_tiles, pack_int8
 
 pytestmark = needs_compiler
 HALF = torch.finfo(torch.bfloat16).eps / 2
@@ -59,6 +60,7 @@ def several_threads(number: int):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "GRAIN", 1)
+            patch.setattr(int4, "SHARED", 1)
             yield
     finally:
         torch.set_num_threads(before)
@@ -177,7 +179,7 @@ def in_bytes(how: str):
     """What is made within sums products so."""
     with pytest.MonkeyPatch.context() as patch:
         if how == "int8 in pairs":
-            for module in (packed, int8, top):
+            for module in (packed, int4, int8, top):
                 patch.setattr(module, "multiplies_int8", lambda: False)
         yield
 
@@ -347,6 +349,77 @@ def test_products_of_what_is_no_number_are_none(how, wrong):
     assert found[1].isnan().all()
     assert not found[[0, 2]].isnan().any()
     assert ours(torch.zeros(2, 24)).equal(bias.expand(2, -1))
+
+
+FOURS = [(16, 32), (37, 96), (256, 288)]
+"""Outputs and inputs."""
+
+
+def four_of(rows: int, size: tuple[int, int], experts: tuple[int, ...] = (), whole: bool = False):
+    """Rows [rows, inputs], `whole` ones from −127 to 127, and what multiplies them with four bits."""
+    draw = torch.Generator().manual_seed(rows)
+    weight, bias = torch.randn(*experts, *size, generator=draw), torch.randn(*experts, size[0], generator=draw)
+    x = torch.randint(-127, 128, (rows, size[1]), generator=draw).float()
+    x[:, ::GROUP] = 127  # nothing is to be rounded
+    return x if whole else torch.randn(rows, size[1], generator=draw), weight, bias
+
+
+def by_four(how: str, weight, bias, x, *expert):
+    with in_bytes(how):
+        return KernelInt4(weight, bias)(x[:, None], *expert)[:, 0]
+
+
+@either_sum
+@few
+@given(st.integers(1, 9), st.sampled_from(FOURS), st.sampled_from([0, 2]))
+def test_products_with_four_bits_are_those_of_the_weights_that_they_stand_for(how, rows, size, expert):
+    x, weight, bias = four_of(rows, size, (3,), whole=True)
+    found = by_four(how, weight, bias, x, torch.tensor([expert]))
+    assert found.equal(by_four(how, weight[expert], bias[expert], x))
+    whole, step, middle = (part.double() for part in four_bits(weight[expert]))
+    stand_for = (whole.unflatten(1, (-1, GROUP)) - 8) * step[..., None] + middle[..., None]
+    expected = x.double() @ stand_for.flatten(1).T + bias[expert]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+    if PackedInt4.takes(weight[expert]):  # of which a row's sums are in bf16
+        theirs = PackedInt4(weight[expert], bias[expert])(x)
+        assert (found - theirs).norm() < 0.01 * theirs.norm()
+
+
+@either_sum
+@few
+@given(st.integers(1, 9), st.sampled_from(FOURS), st.floats(1e-6, 1e6))
+def test_rows_are_rounded_to_bytes_by_groups_before_four_bits_multiply_them(how, rows, size, scale):
+    x, weight, _ = four_of(rows, size)
+    x = x * scale
+    x[0, :GROUP] *= 1e4  # which costs the other groups nothing
+    whole, step, middle = (part.double() for part in four_bits(weight))
+    stand_for = (whole.unflatten(1, (-1, GROUP)) - 8) * step[..., None] + middle[..., None]
+    rounding = x.double().unflatten(1, (-1, GROUP)).abs().amax(2) / 127 * 0.51
+    most = torch.einsum("rg,ogi->ro", rounding, stand_for.abs())
+    expected = x.double() @ stand_for.flatten(1).T
+    error = (by_four(how, weight, None, x) - expected).abs()
+    assert (error <= most + 1e-5 * expected.abs().amax()).all()
+
+
+@either_sum
+@few
+@given(st.integers(1, 9), st.sampled_from(FOURS), st.randoms(use_true_random=False), st.integers(1, 3))
+def test_a_rows_products_with_four_bits_are_its_own_in_any_company(how, rows, size, draw, threads):
+    x, weight, bias = four_of(rows, size)
+    order, together = draw.sample(range(rows), draw.randint(1, rows)), by_four(how, weight, bias, x)
+    with several_threads(threads):
+        assert by_four(how, weight, bias, x[order]).equal(together[order])
+
+
+@either_sum
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_products_of_four_bits_with_what_is_no_number_are_none(how, wrong):
+    x, weight, bias = four_of(3, (16, 64))
+    x[1, 40] = wrong
+    found = by_four(how, weight, bias, x)
+    assert found[1].isnan().all()
+    assert not found[[0, 2]].isnan().any()
+    assert by_four(how, weight, bias, torch.zeros(2, 64)).equal(bias.expand(2, -1))
 
 
 @few

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from triglot.generation.compiler import becoming, cpp_compiler, is_gcc, kept
+from triglot.generation.int4 import KernelInt4, called_by_compiled_code
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Compiled code, from inputs and state in one list."""
@@ -56,6 +57,8 @@ def compile_module(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[An
     """
     options = OPTIONS | {"cpp.min_chunk_size": grain}
     program = exported(module, inputs, dynamic)
+    if any(isinstance(part, KernelInt4) for part in module.modules()):
+        options = options | {"aot_inductor.custom_ops_to_c_shims": called_by_compiled_code()}
     path = kept(f"{program}{options}{_gcc_flags()}{torch.get_num_threads()}", ".pt2")
     if not path.exists():
         with becoming(path) as package:

@@ -17,12 +17,13 @@ from torch import Tensor
 from triglot.errors import ConfigError, require
 from triglot.generation.compiler import becoming, cpp_compiler, kept
 
-FOLDER = Path(__file__).with_name("cpp")
+FOLDER, TORCH = Path(__file__).with_name("cpp"), Path(torch.__file__).parent
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers that kernels compute side by side: as many as a vector holds, or two where it is shorter."""
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -fopenmp -shared -fPIC"
 ARCHITECTURES = {"AVX512": "-march=native", "AVX2": "-mavx2 -mfma"}
 """What keeps kernels to the instructions that PyTorch keeps to; nothing where those are what any such processor has."""
+OF_TORCH = f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16"}
 GRAIN = 128
 """Rows from which on threads are worth it."""
@@ -30,10 +31,11 @@ Kernel = Callable[..., None]
 
 
 @cache
-def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
+def kernel(source: str, name: str, types: str, *, within: bool = False, **given: Any) -> Kernel:
     """The function `name` of a file, compiled with what is `given`, in a second, unless it was before.
 
     Of `types` there is a letter for each argument: p for a tensor, or None, n for a whole number, f for another one.
+    What is called from `within` what PyTorch has compiled reads its tensors, and is found by all that is loaded.
     """
     architecture = ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), "")
     flags = [*FLAGS.split(), *architecture.split(), f"-DLANES={LANES}"]
@@ -42,20 +44,20 @@ def kernel(source: str, name: str, types: str, **given: Any) -> Kernel:
     path = kept(f"{source}{flags}{code}", ".so")
     if not path.exists():
         with becoming(path) as made:
-            command = [*cpp_compiler(), *flags, str(FOLDER / source), "-o", str(made)]
+            command = [*cpp_compiler(), *flags, str(FOLDER / source), *(OF_TORCH if within else ()), "-o", str(made)]
             told = subprocess.run(command, capture_output=True, text=True)
             rule = f"left out where the C++ compiler does not take its kernels:\n{told.stderr}\n"
             require(told.returncode == 0 and made.exists(), "compiled", rule, True, ConfigError)
             _load(made)
-    run = getattr(_load(path), name)
+    run = getattr(_load(path, ctypes.RTLD_GLOBAL if within else ctypes.RTLD_LOCAL), name)
     run.restype = None
     run.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}[letter] for letter in types]
     return run
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path), mode)
     except OSError as error:  # as where a compiler of C was named
         rule = f"left out where the C++ compiler's kernels cannot be loaded ({error})"
         raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from triglot.blocks import Block
 from triglot.decoding.sampling import BLOCK
+from triglot.generation.int4 import KernelInt4
 from triglot.generation.prepared import filled_up_projection
 from triglot.layers.activations import activate
 from triglot.layers.attention import Attention, MultiHeadAttention, normalised
@@ -140,8 +141,10 @@ def row_linear(
     bias: Float[Tensor, "*experts outputs"] | None,
     precision: Precision,
 ) -> nn.Module:
-    """x Wᵀ + b of few rows."""
-    return WholeLinear(weight, bias) if precision == "int8" else RowLinear(weight, bias, precision)
+    """x Wᵀ + b of few rows; in whole numbers of eight bits where those of four do not fit."""
+    if precision == "int4" and KernelInt4.takes(weight):
+        return KernelInt4(weight, bias)
+    return WholeLinear(weight, bias) if precision in ("int8", "int4") else RowLinear(weight, bias, precision)
 
 
 class RowNorm(nn.Module):
@@ -319,7 +322,8 @@ class Head(nn.Module):
     def __init__(self, model: DecoderLLM, precision: Precision, banned: Sequence[int]) -> None:
         super().__init__()
         self.norm, self.scale = with_rows(model.final_norm, precision), model.output_scale
-        self.projection = row_linear(*filled_up_projection(model.lm_head, banned), precision)
+        of_logits = "int8" if precision == "int4" else precision  # four bits are too few
+        self.projection = row_linear(*filled_up_projection(model.lm_head, banned), of_logits)
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [rows, filled_up_vocab], the first largest one of each row, and the rows' log Σ exp [rows, 1]."""

@@ -15,6 +15,7 @@ from triglot.generation.captured import Captured, can_be_captured
 from triglot.generation.compiled import Compiled
 from triglot.generation.compiler import cpp_compiler
 from triglot.generation.drafts import ModelDraft
+from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
@@ -73,8 +74,9 @@ class Ready:
         if self._can_be_prepared:
             cpp_compiler()
         if isinstance(self.model, DecoderLLM):
-            rule = "fp32, bf16 or int8 where texts are `compiled`"
-            require(self.precision != "int4", "precision", rule, self.precision, ConfigError)
+            rule = "fp32, bf16 or int8 where texts are `compiled` for a processor without AVX2"
+            fits = self.precision != "int4" or multiplies_bytes()
+            require(fits, "precision", rule, self.precision, ConfigError)
 
     @cached_property
     def compiled(self) -> Compiled | None:
@@ -103,7 +105,7 @@ class Ready:
         Compiled, all weights of a decoder-only model are what was asked for.
         """
         if self._compiles and self._can_be_prepared and isinstance(self.model, DecoderLLM):
-            return self.precision
+            return "int8 and int4" if self.precision == "int4" else self.precision
         if (prepared := self.prepared) is not None:
             return " and ".join(one for one in get_args(Precision) if one in prepared.used)
         dtype = self.model.projection.weight.dtype

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkabl
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import BFloat16, Float, Int8, UInt8
 from torch import Tensor, nn
 
 from triglot.errors import require
@@ -63,6 +63,23 @@ def whole_weights(
     """Whole numbers from −`most` to `most`, and the magnitude of each output that has become `most`."""
     largest = weight.float().abs().amax(1).clamp_min(LEAST)
     return (weight * (most / largest)[:, None]).round().to(torch.int8), largest
+
+
+class FourBits(NamedTuple):
+    """Numbers from 0 to 15, each GROUP of inputs with a step and a middle: w ≈ (whole − 8) · step + middle."""
+
+    whole: UInt8[Tensor, "*experts outputs inputs"]
+    step: BFloat16[Tensor, "*experts outputs groups"]
+    middle: BFloat16[Tensor, "*experts outputs groups"]
+
+
+def four_bits(weight: Float[Tensor, "*experts outputs inputs"]) -> FourBits:
+    """The least of a group becomes 0, its largest 15."""
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = ((high - low) / 15).clamp_min(LEAST)
+    whole = ((groups - low) / step).round().to(torch.uint8).flatten(-2)
+    return FourBits(whole, step[..., 0].bfloat16(), (low + 8 * step)[..., 0].bfloat16())
 
 
 def prepack_for_fbgemm(whole: Int8[Tensor, "outputs inputs"], scale: Float[Tensor, " outputs"]) -> torch.ScriptObject:
@@ -249,13 +266,9 @@ class PackedInt4(_InFull):
     dtype = torch.bfloat16
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Tensor | None) -> None:
-        groups = weight.float().unflatten(1, (-1, GROUP))
-        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-        step = ((high - low) / 15).clamp_min(LEAST)
-        whole = ((groups - low) / step).round().to(torch.int32).flatten(1)
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(whole, 1)
-        scales = torch.cat([step, low + 8 * step], 2).transpose(0, 1)  # the product takes 8 off each number
-        self.scales = scales.to(torch.bfloat16).contiguous()
+        whole, step, middle = four_bits(weight)
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(whole.int(), 1)
+        self.scales = torch.stack([step, middle], 2).transpose(0, 1).contiguous()
         self.bias = None if bias is None else bias.float()
         self.num_bytes = self.packed.nbytes + self.scales.nbytes
 
