@@ -26,6 +26,7 @@ from triglot.decoding.beam import BeamSearch
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Decoded, generate, stream
 from triglot.generation.compiled import Compiled, start_compiled
+from triglot.generation.kernels import kernels_pay
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import search, start_texts
 from triglot.generation.workers import Search, Workers
@@ -55,11 +56,12 @@ def sources_of(run: Path, data: Path, number: int | None) -> list[list[int]]:
     return tokenizers.encode_sources(lines, [None] * len(lines))
 
 
-def our_search(run: Path, precision: Any, compiled: bool = False) -> Search:
-    """A worker's search."""
+def our_search(run: Path, precision: Any, by_kernels: bool | None = None) -> Search:
+    """A worker's search: by kernels where they pay, as `triglot.load` has it, if nothing else is said."""
     keep_freed_memory()
     model, _, tokenizers = load_model(run)
-    prepared = Prepared(model, precision, tokenizers.target.ids.banned, by_kernels=compiled)
+    by_kernels = kernels_pay() if by_kernels is None else by_kernels
+    prepared = Prepared(model, precision, tokenizers.target.ids.banned, by_kernels=by_kernels)
 
     def find(sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
         return search(prepared, sources, [limit] * len(sources), how, BOS)
@@ -68,14 +70,14 @@ def our_search(run: Path, precision: Any, compiled: bool = False) -> Search:
 
 
 def our_translations(
-    run: Path, sources: list[list[int]], beam: int, precision: str, compiled: bool, workers: int
+    run: Path, sources: list[list[int]], beam: int, precision: str, by_kernels: bool | None, workers: int
 ) -> Work:
     """Tokens of the best hypotheses of all sources."""
     how = BeamSearch(beam=beam, eos_ids=[EOS], patience=1.0, scored=False)  # nor does CTranslate2 tell scores
     if workers == 1:
-        find = our_search(run, precision, compiled)
+        find = our_search(run, precision, by_kernels)
     else:
-        pool = Workers(partial(our_search, run, precision, compiled), workers)
+        pool = Workers(partial(our_search, run, precision, by_kernels), workers)
         find = pool.search
     return lambda: sum(len(texts[0].ids) for texts in find(sources, how, LIMIT))
 
@@ -139,9 +141,11 @@ def translation_settings(options: argparse.Namespace, beam: int) -> dict[str, di
         return {}
     run, sources = options.run, partial(sources_of, options.run, options.data, 100 if options.quick else None)
 
-    def ours(compiled: bool) -> dict[str, Callable[[], Work]]:
+    def ours(by_kernels: bool | None) -> dict[str, Callable[[], Work]]:
         return {
-            f"{precision}, {workers} × {2 // workers}": partial(_ours, run, sources, beam, precision, compiled, workers)
+            f"{precision}, {workers} × {2 // workers}": partial(
+                _ours, run, sources, beam, precision, by_kernels, workers
+            )
             for precision in ("fp32", "bf16", "int8")
             for workers in (1, 2)
         }
@@ -156,8 +160,8 @@ def translation_settings(options: argparse.Namespace, beam: int) -> dict[str, di
     }
     plain = {f"fp32, batch {batch}": partial(_transformers, run, sources, beam, batch) for batch in (32, 64)}
     return {
-        "triglot": ours(compiled=False),
-        "triglot, compiled": ours(compiled=True),
+        "triglot": ours(by_kernels=None),
+        "triglot, without kernels": ours(by_kernels=False),
         "transformers": plain,
         "CTranslate2": theirs,
     }

@@ -22,6 +22,7 @@ from triglot.evaluation import (
     translation_scores,
 )
 from triglot.generation.engine import Engine
+from triglot.generation.kernels import kernels_pay
 from triglot.layers.packed import multiplies_bf16
 from triglot.models.factory import build_model
 from triglot.recipe import from_dict
@@ -183,12 +184,14 @@ def test_running_text_has_no_translations_and_no_test_split(tmp_path):
             evaluate(run, **option)
 
 
-def test_the_precision_that_is_told_is_the_one_that_translations_were_made_in(tmp_path):
-    """So small a model has no projection that whole numbers would make faster."""
-    run = make_run(tmp_path, "encoder_decoder")
+def test_the_precision_that_is_told_is_the_one_that_translations_were_made_in(tmp_path, monkeypatch):
+    """So small a model has no projection that whole numbers would make faster but by kernels."""
+    run, without = make_run(tmp_path, "encoder_decoder"), "bf16" if multiplies_bf16() else "fp32"
     assert evaluate(run)["precision"] == "fp32"
     assert evaluate(run, precision="bf16")["precision"] == "bf16"
-    assert evaluate(run, precision="int8")["precision"] == ("bf16" if multiplies_bf16() else "fp32")
+    assert evaluate(run, precision="int8")["precision"] == ("int8" if kernels_pay() else without)
+    monkeypatch.setenv("CXX", "no-compiler-of-this-name")
+    assert evaluate(run, precision="int8")["precision"] == without
 
 
 def test_a_split_may_lie_elsewhere_now_and_be_the_test_split(tmp_path):

@@ -24,7 +24,8 @@ def make() -> Callable[..., Any]:
         options: dict[str, Any] | None = None,
         tokenizer: Tokenizer | None = None,
         precision: Any = "fp32",
-        compiled: bool = False,
+        compiled: bool | None = None,
+        in_training: bool = False,
         d_model: int = 20,
         **data: Any,
     ) -> Engine:
@@ -53,7 +54,8 @@ def make() -> Callable[..., Any]:
             bias[SpecialIds().eos] = 3.0 if pairs else 1.5
             bias[3 + len(tags) :] = torch.randn(size - 3 - len(tags)) / 2
             model.projection.bias = torch.nn.Parameter(bias)
-        return Engine(model, config, Tokenizers(tokenizer, tokenizer), precision=precision, compiled=compiled)
+        how = {"precision": precision, "compiled": compiled, "in_training": in_training}
+        return Engine(model, config, Tokenizers(tokenizer, tokenizer), **how)
 
     return make
 

@@ -5,8 +5,9 @@ import torch
 
 from tests.conftest import WARNS_OF_ITSELF, needs_compiler
 from triglot.errors import ConfigError
-from triglot.generation import aot
+from triglot.generation import aot, kernels
 from triglot.generation.compiler import is_gcc
+from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.residual import NormKernel
 
 pytestmark = WARNS_OF_ITSELF
@@ -52,3 +53,38 @@ def test_a_compiler_that_makes_what_cannot_be_loaded_is_told_and_leaves_nothing(
     with pytest.raises(ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler's kernels cannot be"):
         NormKernel(torch.nn.LayerNorm(80), torch.float32).read_alone(torch.ones(1, 80))
     assert not list((tmp_path / "triglot").iterdir())
+
+
+def by_kernels(make, kind: str = "encoder_decoder", **how) -> bool:
+    return make(kind, **how)._ready.prepared.by_kernels
+
+
+needs_kernels = pytest.mark.skipif(not multiplies_bytes(), reason="kernels were not seen to pay on such a processor")
+
+
+@needs_compiler
+@needs_kernels
+@pytest.mark.filterwarnings("error")
+def test_translations_are_by_kernels_unless_that_is_not_wanted_or_the_model_is_in_training(make, monkeypatch):
+    assert by_kernels(make)
+    assert not by_kernels(make, compiled=False)
+    assert not by_kernels(make, in_training=True)
+    assert not by_kernels(make, "decoder_only")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not by_kernels(make)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_machine_without_a_compiler_translates_without_kernels_if_none_were_asked_for(make, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler-of-this-name")
+    assert not by_kernels(make)
+
+
+@needs_kernels
+def test_of_a_compiler_that_fails_translations_are_told_and_go_on_without(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "echo")
+    kernels.kernel.cache_clear()
+    with pytest.warns(UserWarning, match="take longer, since kernels in C.* cannot be compiled here"):
+        found = make("encoder_decoder").translate(["ab"])
+    assert found[0][0].tokens == make("encoder_decoder", compiled=False).translate(["ab"])[0][0].tokens

@@ -210,7 +210,10 @@ def translate(
     tag: Tag = None,
     too_long: Annotated[TooLong, typer.Option(help="Where a line is longer than the model reads.")] = TooLong.cut,
     precision: InPrecision = Precision.fp32,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Faster, by kernels compiled in seconds.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compiled/--no-compiled", help="By kernels; without: where they pay.", show_default=False),
+    ] = None,
     which: Which = "best",
     device: Device = None,
 ) -> None:

@@ -32,6 +32,15 @@ def cpp_compiler() -> list[str]:
     return _compiler().command
 
 
+def has_compiler() -> bool:
+    """Whether there is one."""
+    try:
+        cpp_compiler()
+    except ConfigError:
+        return False
+    return True
+
+
 def is_gcc() -> bool:
     """Whether the compiler is GCC, by what it says of itself."""
     return "Free Software Foundation" in _compiler().version

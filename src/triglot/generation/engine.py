@@ -37,7 +37,7 @@ def load(
     precision: Precision = "fp32",
     workers: int | None = None,
     draft: str | Path | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
 ) -> "Engine":
     """The engine of a run's checkpoint `which` (best, last, or a number of steps), or of another library's checkpoint.
 
@@ -46,8 +46,9 @@ def load(
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
     run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`. With
     `compiled` texts go on by compiled code: on a processor the fastest for one text and for few
-    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Translations are searched for by
-    kernels that a C++ compiler makes here (`generation/kernels.py`): on a processor the fastest for any number.
+    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Translations are searched for on a
+    processor by kernels that a C++ compiler makes here (`generation/kernels.py`), which are the fastest for any number;
+    where `compiled` is left out, wherever there is a compiler, and where it is False, by none.
     """
     where = device_here(device)
     on_processor = where.type == "cpu"
@@ -81,7 +82,7 @@ class Engine:
         precision: Precision = "fp32",
         workers: Workers | None = None,
         draft: Ready | None = None,
-        compiled: bool = False,
+        compiled: bool | None = None,
         in_training: bool = False,
     ) -> None:
         self.model, self.config, self.tokenizers = model, config, tokenizers

@@ -6,6 +6,7 @@ takes a kernel one, in the cache. A row, or a sentence, is read after another, s
 
 import ctypes
 import subprocess
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from triglot.errors import ConfigError, require
-from triglot.generation.compiler import becoming, cpp_compiler, kept
+from triglot.generation.compiler import becoming, cpp_compiler, has_compiler, kept
 
 FOLDER, TORCH = Path(__file__).with_name("cpp"), Path(torch.__file__).parent
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
@@ -53,6 +54,23 @@ def kernel(source: str, name: str, types: str, *, within: bool = False, **given:
     run.restype = None
     run.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}[letter] for letter in types]
     return run
+
+
+def kernels_pay() -> bool:
+    """Whether kernels are called without having been asked for: where they were seen to pay, if a compiler makes one.
+
+    A machine without a compiler does without; of one that fails a warning is given.
+    """
+    if torch.backends.cpu.get_cpu_capability() not in ARCHITECTURES or not has_compiler():
+        return False
+    given = {"WIDTH": LANES, "Added": torch.float32, "Read": torch.float32}
+    try:
+        kernel("norms.cpp", "normalise", "ppppfppnn", **given)  # the smallest
+    except ConfigError as error:
+        told = "translations will take longer, since kernels in C++ cannot be compiled here"
+        warnings.warn(f"{told} (with `compiled` set to False none are): {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _load(path: Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:

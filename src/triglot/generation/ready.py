@@ -16,6 +16,7 @@ from triglot.generation.compiled import Compiled
 from triglot.generation.compiler import cpp_compiler
 from triglot.generation.drafts import ModelDraft
 from triglot.generation.int8 import multiplies_bytes
+from triglot.generation.kernels import kernels_pay
 from triglot.generation.prepared import Prepared
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
@@ -33,7 +34,8 @@ class Ready:
     """A model in evaluation mode; on a processor it is prepared when it is first asked for.
 
     Its weights must not change then. On a GPU texts go on by captured steps, which put some weights into one piece,
-    unless the model is `in_training`; all else decodes with the model as it is.
+    unless the model is `in_training`; all else decodes with the model as it is. Where `compiled` is left out, a
+    translator's kernels are compiled if they pay, unless it is in training, and nothing else is.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Ready:
         precision: Precision = "fp32",
         draft: "Ready | None" = None,
         *,
-        compiled: bool = False,
+        compiled: bool | None = None,
         in_training: bool = False,
     ) -> None:
         known = ", ".join(get_args(Precision))
@@ -64,7 +66,7 @@ class Ready:
             require(same, "the draft's vocabulary", "the model's own tokens", f"{other.vocab_size} others", ConfigError)
             rule, value = "left out unless the model is on a processor, in fp32", draft.config.model.kind
             require(self._can_be_prepared, "draft", rule, value, ConfigError)
-        self.draft, self._compiles = draft, compiled
+        self.draft, self._compiles, self._in_training = draft, compiled, in_training
         if compiled:
             self._check_compiles()
 
@@ -88,15 +90,20 @@ class Ready:
     @cached_property
     def captured(self) -> Captured | None:
         """What goes on from a prompt on a GPU; None elsewhere, and with experts, of which each step needs others."""
-        return Captured(self.writer, self._never, compiled=self._compiles) if self._can_be_captured else None
+        return Captured(self.writer, self._never, compiled=bool(self._compiles)) if self._can_be_captured else None
 
     @cached_property
     def prepared(self) -> Prepared | None:
         """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
         if not self._can_be_prepared:
             return None
-        by_kernels = self._compiles and isinstance(self.model, Transformer)
+        by_kernels = isinstance(self.model, Transformer) and self._wants_kernels()
         return Prepared(self.model, self.precision, self._never, by_kernels=by_kernels)
+
+    def _wants_kernels(self) -> bool:
+        if self._compiles is None:
+            return not self._in_training and kernels_pay()
+        return self._compiles
 
     @property
     def multiplies_in(self) -> str:
