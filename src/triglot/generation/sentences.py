@@ -43,28 +43,37 @@ def translate(
     sources = sources_of(ready, lines, tags, how.too_long, first_line)
     limit = limit_of(ready, how)
     rows = [row for row, line in enumerate(lines) if line.strip()]
-    forced = None
-    if prefixes is not None or ready.tokenizers.target.ids.forced:
-        prefixes = [""] * len(lines) if prefixes is None else prefixes
-        given = len(prefixes)
-        require(given == len(lines), "prefixes", f"one for each of {len(lines)} lines", given, DataError)
-        ids = ready.tokenizers.encode_targets(prefixes)
-        for number, prefix in enumerate(ids, first_line):
-            rule = f"at most {limit - 1} tokens long, for a text of at most {limit}"
-            require(len(prefix) < limit, f"the prefix of line {number}", rule, len(prefix), DataError)
-        forced = [ids[row] for row in rows]
-    search = how.search(ready.config.generation, ready.tokenizers.target, forced)
+    begun = beginnings(ready, prefixes, len(lines), limit, first_line)
     aligned = Alignment([], [], []) if how.alignments else None
     results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[], alignment=aligned)] for _ in lines]
-    try:
-        found = find([sources[row] for row in rows], search, limit)
-    except DeadEndError as error:
-        row = rows[error.request]
-        raise DeadEndError(row, f"line {first_line + row}") from error
-    for row, texts in zip(rows, found, strict=True):
-        kept = distinct(ready.tokenizers.target, texts)[: how.nbest]
-        results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in kept]
+    # No kernel serves a rule, so that a line without a beginning would have other bits beside one that has one.
+    for some in ([row for row in rows if begun[row]], [row for row in rows if not begun[row]]):
+        forced = [begun[row] for row in some if begun[row]] or None
+        search = how.search(ready.config.generation, ready.tokenizers.target, forced)
+        try:
+            found = find([sources[row] for row in some], search, limit) if some else []
+        except DeadEndError as error:
+            row = some[error.request]
+            raise DeadEndError(row, f"line {first_line + row}") from error
+        for row, texts in zip(some, found, strict=True):
+            kept = distinct(ready.tokenizers.target, texts)[: how.nbest]
+            results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in kept]
     return results
+
+
+def beginnings(
+    ready: Ready, prefixes: Sequence[str] | None, lines: int, limit: int, first_line: int
+) -> list[list[int]]:
+    """How the translation of each line begins; with nothing where it may begin as it likes."""
+    if prefixes is None and not ready.tokenizers.target.ids.forced:
+        return [[] for _ in range(lines)]
+    prefixes = [""] * lines if prefixes is None else prefixes
+    require(len(prefixes) == lines, "prefixes", f"one for each of {lines} lines", len(prefixes), DataError)
+    begun = ready.tokenizers.encode_targets(prefixes)
+    for number, prefix in enumerate(begun, first_line):
+        rule = f"at most {limit - 1} tokens long, for a text of at most {limit}"
+        require(len(prefix) < limit, f"the prefix of line {number}", rule, len(prefix), DataError)
+    return begun
 
 
 def distinct(tokenizer: Tokenizer, texts: Sequence[Decoded]) -> list[Decoded]:

@@ -99,15 +99,17 @@ extern "C" void multiply_int4(const float* rows, const uint8_t* weights, const u
 extern "C" AOTITorchError aoti_torch_cpu_multiply_int4(AtenTensorHandle rows, AtenTensorHandle weights,
                                                        AtenTensorHandle scales, AtenTensorHandle expert,
                                                        int64_t outputs, int64_t threads, AtenTensorHandle* to) {
-    int64_t sizes[] = {0, outputs}, strides[] = {outputs, 1}, inputs;
-    AOTITorchError failed = aoti_torch_get_size(rows, 0, &sizes[0]);
-    failed |= aoti_torch_get_size(rows, 1, &inputs);
-    failed |= aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, to);
-    if (failed) return failed;
+    int64_t sizes[] = {0, outputs}, strides[] = {outputs, 1}, inputs, of_row, of_number;
+    AOTITorchError failed = aoti_torch_get_size(rows, 0, &sizes[0]) | aoti_torch_get_size(rows, 1, &inputs) |
+                            aoti_torch_get_stride(rows, 0, &of_row) | aoti_torch_get_stride(rows, 1, &of_number);
+    failed |= of_number != 1 || (sizes[0] > 1 && of_row != inputs);  // PyTorch lays numbers as it likes
+    failed = failed || aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
+                                                aoti_torch_device_type_cpu(), 0, to);
+    if (failed) return AOTI_TORCH_FAILURE;
     void* data[5];
     const AtenTensorHandle parts[] = {rows, weights, scales, expert, *to};
     for (int part = 0; part < 5; part++) failed |= aoti_torch_get_data_ptr(parts[part], &data[part]);
-    if (failed) return failed;
+    if (failed) return AOTI_TORCH_FAILURE;
     multiply((const float*)data[0], (const uint8_t*)data[1], (const uint32_t*)data[2], (const int64_t*)data[3],
              (float*)data[4], sizes[0], inputs, outputs, threads);
     return AOTI_TORCH_SUCCESS;
