@@ -116,6 +116,7 @@ def translation_scores(
     *,
     resamples: int = 1,
     precision: Precision = "fp32",
+    in_training: bool = False,
 ) -> dict[str, Any]:
     """BLEU and chrF with sacrebleu's signatures, the share of translations that are the reference, and their precision.
 
@@ -124,7 +125,7 @@ def translation_scores(
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    engine = Engine(model, config, tokenizers, precision=precision)
+    engine = Engine(model, config, tokenizers, precision=precision, in_training=in_training)
     hypotheses = translate_examples(engine, examples)
     references = [one.target for one in examples]
     bleu = BLEU(tokenize="none", force=True) if config.data.tokenized else BLEU()
@@ -154,5 +155,5 @@ def score_translations(model: Model, prepared: Prepared, config: RunConfig) -> M
     """An evaluator for training: BLEU, chrF and exact match of the validation examples; nothing of running text."""
     if prepared.valid_examples is None:
         return {}
-    scores = translation_scores(model, prepared.tokenizers, config, prepared.valid_examples)
+    scores = translation_scores(model, prepared.tokenizers, config, prepared.valid_examples, in_training=True)
     return {name: scores[name] for name in ("bleu", "chrf", "exact_match")}

@@ -102,7 +102,8 @@ def mixed_lines(engine, data):
     options["banned_words"] = [one for one in options.get("banned_words", []) if one not in "aü"]
     together = engine.translate(lines, prefixes=begun, **options)
     for (line, prefix), result in zip(asked, together, strict=True):
-        assert engine.translate([line], prefixes=[prefix] if prefix else None, **options) == [result]
+        given = [prefix] if prefix or data.draw(st.booleans()) else None
+        assert engine.translate([line], prefixes=given, **options) == [result]
     order = data.draw(st.permutations(range(len(asked))))
     again = engine.translate([lines[at] for at in order], prefixes=[begun[at] for at in order], **options)
     assert again == [together[at] for at in order]

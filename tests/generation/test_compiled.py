@@ -20,6 +20,7 @@ from triglot.decoding.search import generate
 from triglot.errors import ConfigError
 from triglot.generation import aot, compiled
 from triglot.generation.compiled import Compiled, start_compiled
+from triglot.generation.int4 import called_by_compiled_code
 from triglot.generation.one_token import Head, WholeLinear, row_linear
 from triglot.generation.prepared import Prepared
 from triglot.generation.ready import Ready
@@ -199,7 +200,10 @@ def test_compiled_code_says_what_its_modules_say_whatever_the_length_and_company
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.5)
+    loaded = list[int]()
+    monkeypatch.setattr(aot, "called_by_compiled_code", lambda: loaded.append(1) or called_by_compiled_code())
     Compiled(model, precision).code(1)
+    assert bool(loaded) == (precision == "int4")  # what was kept calls it, too
 
 
 class Echo:
@@ -279,7 +283,8 @@ def test_what_is_not_decoded_by_compiled_code_is_refused(make):
 @needs_compiler
 def test_four_bits_are_compiled_where_there_are_kernels_for_them(make, monkeypatch):
     monkeypatch.setattr("triglot.generation.ready.multiplies_bytes", lambda: True)
-    assert make("decoder_only", compiled=True, precision="int4").precision == "int8 and int4"
+    assert make("decoder_only", compiled=True, precision="int4", d_model=32).precision == "int8 and int4"
+    assert make("decoder_only", compiled=True, precision="int4").precision == "int8"  # 20 are no groups of 32
     monkeypatch.setattr("triglot.generation.ready.multiplies_bytes", lambda: False)
     with pytest.raises(ConfigError, match="`precision` must be fp32, bf16 or int8 where texts are `compiled` for a"):
         make("decoder_only", compiled=True, precision="int4")

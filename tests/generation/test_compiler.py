@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from tests.conftest import WARNS_OF_ITSELF, needs_compiler
+from tests.test_evaluation import make_run
 from triglot.errors import ConfigError
-from triglot.generation import aot, kernels
-from triglot.generation.compiler import is_gcc
+from triglot.generation import aot, compiler, kernels
+from triglot.generation.compiler import has_compiler, is_gcc
+from triglot.generation.engine import load
 from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.residual import NormKernel
 
@@ -50,7 +52,7 @@ def test_a_compiler_that_makes_what_cannot_be_loaded_is_told_and_leaves_nothing(
     made_up.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(made_up))
-    with pytest.raises(ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler's kernels cannot be"):
+    with pytest.raises(ConfigError, match=r"`compiled` must be False .*: what the C\+\+ compiler makes of them cannot"):
         NormKernel(torch.nn.LayerNorm(80), torch.float32).read_alone(torch.ones(1, 80))
     assert not list((tmp_path / "triglot").iterdir())
 
@@ -81,10 +83,41 @@ def test_a_machine_without_a_compiler_translates_without_kernels_if_none_were_as
 
 
 @needs_kernels
-def test_of_a_compiler_that_fails_translations_are_told_and_go_on_without(make, tmp_path, monkeypatch):
+@needs_compiler
+@pytest.mark.parametrize("file", ["norms", "paged", "top"])
+def test_of_a_compiler_that_fails_translations_are_told_and_go_on_without(make, file, tmp_path, monkeypatch):
+    failing = tmp_path / "c++"
+    failing.write_text(f'#!/bin/sh\ncase "$*" in *{file}.cpp*) exit 1;; esac\nexec g++ "$@"\n')
+    failing.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", "echo")
+    monkeypatch.setenv("CXX", str(failing))
     kernels.kernel.cache_clear()
-    with pytest.warns(UserWarning, match="take longer, since kernels in C.* cannot be compiled here"):
-        found = make("encoder_decoder").translate(["ab"])
-    assert found[0][0].tokens == make("encoder_decoder", compiled=False).translate(["ab"])[0][0].tokens
+    with pytest.warns(UserWarning, match="translations will take longer, since no kernels could be compiled"):
+        found = make("encoder_decoder", d_model=32).translate(["ab"])
+    assert found == make("encoder_decoder", d_model=32, compiled=False).translate(["ab"])
+
+
+@needs_kernels
+@needs_compiler
+def test_workers_are_told_whether_to_translate_by_kernels(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, "encoder_decoder")
+    for known, expected in (("g++", True), ("no-compiler-of-this-name", False)):
+        monkeypatch.setenv("CXX", known)
+        engine = load(folder, device="cpu", workers=2)
+        *_, compiled = engine._workers.pool._initargs[0].args
+        assert compiled == expected
+        engine.close()
+
+
+@needs_compiler
+def test_code_that_others_may_have_put_there_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compiler, "_default_folder", lambda: tmp_path)
+    assert has_compiler()
+    assert (tmp_path / "triglot").stat().st_mode & 0o077 == 0
+    monkeypatch.setattr("os.getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert not has_compiler()
+    with pytest.raises(ConfigError, match="`TORCHINDUCTOR_CACHE_DIR` must be a folder of this user's own, but is"):
+        NormKernel(torch.nn.LayerNorm(112), torch.float32).read_alone(torch.ones(1, 112))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "named"))
+    assert has_compiler()

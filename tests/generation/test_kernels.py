@@ -411,6 +411,14 @@ def test_a_rows_products_with_four_bits_are_its_own_in_any_company(how, rows, si
         assert by_four(how, weight, bias, x[order]).equal(together[order])
 
 
+@whole_numbers
+def test_rows_in_another_order_or_type_are_multiplied_with_four_bits_as_they_are():
+    x, weight, bias = four_of(8, (64, 96))
+    layer = KernelInt4(weight, bias)
+    for other in (x.T.contiguous().T, x.double(), x[:, None].expand(-1, 2, -1)[:, 1]):
+        assert layer(other[:, None]).equal(layer(x[:, None]))
+
+
 @either_sum
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_products_of_four_bits_with_what_is_no_number_are_none(how, wrong):
@@ -434,5 +442,5 @@ def test_threads_are_all_or_one(rows, threads):
 
 
 def test_what_the_compiler_says_of_a_kernel_is_told():
-    with pytest.raises(ConfigError, match=r"`compiled` must be left out where the C\+\+ compiler does not take"):
+    with pytest.raises(ConfigError, match=r"`compiled` must be False .*: the C\+\+ compiler does not take them:\n"):
         kernels.kernel("norms.cpp", "normalise", "p", WIDTH=16, Added="no type", Read="float")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from triglot.decoding.logits import Scored
 from triglot.generation.aot import Run, bound, compile_module, state_of
+from triglot.generation.int4 import KernelInt4
 from triglot.generation.one_token import Blocks, Head, OneToken, Start
 from triglot.generation.prepared import Prepared
 from triglot.generation.steps import start_texts
@@ -58,12 +59,20 @@ class Compiled:
     """A model whose blocks and head are compiled, for the number of threads that there are then."""
 
     def __init__(self, model: DecoderLLM, precision: Precision, banned: Sequence[int] = ()) -> None:
-        self.model = model
+        self.model, self.precision = model, precision
         layers = [OneToken(layer, precision) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList tells of no kind
         size = next(size for size in BLOCKS if len(layers) % size == 0)
         self.calls = [Blocks(layers[first : first + size]) for first in range(0, len(layers), size)]
         self.start, self.head = Start(model.embedding), Head(model, precision, banned)
         self._code: dict[int, Code] = {}
+
+    @property
+    def multiplies_in(self) -> str:
+        """What the weights are multiplied in: not always what was asked for, since few sizes fit four bits."""
+        if self.precision != "int4":
+            return self.precision
+        parts = itertools.chain.from_iterable(call.modules() for call in self.calls)
+        return "int8 and int4" if any(isinstance(part, KernelInt4) for part in parts) else "int8"
 
     def code(self, rows: int) -> Code:
         """For so many texts; compiled when it is first asked for."""

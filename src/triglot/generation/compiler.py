@@ -33,9 +33,10 @@ def cpp_compiler() -> list[str]:
 
 
 def has_compiler() -> bool:
-    """Whether there is one."""
+    """Whether there is a C++ compiler, and a folder for what it makes."""
     try:
         cpp_compiler()
+        _check_writable(_folder())
     except ConfigError:
         return False
     return True
@@ -71,12 +72,16 @@ def _compiler_of(known: str) -> Compiler:
 @contextmanager
 def becoming(path: Path) -> Iterator[Path]:
     """A path of this process alone, which becomes `path` when all is written: others may make the same meanwhile."""
-    writable = os.access(path.parent, os.W_OK)
-    require(writable, "TORCHINDUCTOR_CACHE_DIR", "a folder that can be written to", path.parent.parent, ConfigError)
+    _check_writable(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         yield made
         made.replace(path)
+
+
+def _check_writable(folder: Path) -> None:
+    writable = os.access(folder, os.W_OK)
+    require(writable, "TORCHINDUCTOR_CACHE_DIR", "a folder that can be written to", folder.parent, ConfigError)
 
 
 def kept(program: str, suffix: str) -> Path:
@@ -87,10 +92,18 @@ def kept(program: str, suffix: str) -> Path:
 
 
 def _folder() -> Path:
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_folder()).absolute() / "triglot"
+    named, default = os.environ.get("TORCHINDUCTOR_CACHE_DIR"), _default_folder()
+    folder = Path(named or default).absolute() / "triglot"
     with suppress(OSError):  # of which whoever wants to write is told
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Anyone can make a folder of this name among temporary files, and what lies there is run.
+    foreign = folder.parent == default and not (_is_own(folder) and _is_own(default))
+    require(not foreign, "TORCHINDUCTOR_CACHE_DIR", "a folder of this user's own", folder.parent, ConfigError)
     return folder
+
+
+def _is_own(folder: Path) -> bool:
+    return not folder.exists() or not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
 
 
 def _default_folder() -> Path:

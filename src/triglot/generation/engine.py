@@ -48,7 +48,7 @@ def load(
     `compiled` texts go on by compiled code: on a processor the fastest for one text and for few
     (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Translations are searched for on a
     processor by kernels that a C++ compiler makes here (`generation/kernels.py`), which are the fastest for any number;
-    where `compiled` is left out, wherever there is a compiler, and where it is False, by none.
+    where `compiled` is left out, wherever there is a compiler (and AVX2), and where it is False, by none.
     """
     where = device_here(device)
     on_processor = where.type == "cpu"
@@ -62,6 +62,9 @@ def load(
     if workers is not None and workers != 1:
         fits = on_processor and dtype in (None, torch.float32)
         require(fits, "workers", "1 unless the model is on a processor, in fp32", workers, ConfigError)
+        if compiled is None:  # all of them with kernels, or all without
+            prepared = Ready(model, config, tokenizers, precision).prepared
+            compiled = prepared is not None and prepared.by_kernels
         pool = Workers(partial(sentences.worker_search, Path(run), which, precision, compiled), workers)
     guesses = None if draft is None else Ready(*load_any(Path(draft), "best", where), precision)
     return Engine(model, config, tokenizers, precision=precision, workers=pool, draft=guesses, compiled=compiled)

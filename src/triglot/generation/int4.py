@@ -35,8 +35,8 @@ def multiply_int4(
     threads: int,
 ) -> Float[Tensor, "rows outputs"]:
     """Rows by the weights of one expert, the first of one."""
-    y = torch.empty(len(rows), outputs)
-    pointers = [address(part) for part in (rows.contiguous(), weights, scales, expert, y)]
+    rows, y = rows.float().contiguous(), torch.empty(len(rows), outputs)
+    pointers = [address(part) for part in (rows, weights, scales, expert, y)]
     _kernel()(*pointers, *rows.shape, outputs, threads)
     return y
 

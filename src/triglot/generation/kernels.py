@@ -1,4 +1,4 @@
-"""Kernels of ours in C++ (the folder `cpp`), each compiled for the sizes of one model: what a compiled search calls.
+"""Kernels of ours in C++ (the folder `cpp`), each compiled for the sizes of one model: what searches call.
 
 They are for what a processor does between products: what takes PyTorch some operations, each of them through memory,
 takes a kernel one, in the cache. A row, or a sentence, is read after another, so that its bits are its own.
@@ -6,7 +6,6 @@ takes a kernel one, in the cache. A row, or a sentence, is read after another, s
 
 import ctypes
 import subprocess
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triglot.errors import ConfigError, require
+from triglot.errors import ConfigError
 from triglot.generation.compiler import becoming, cpp_compiler, has_compiler, kept
 
-FOLDER, TORCH = Path(__file__).with_name("cpp"), Path(torch.__file__).parent
+FOLDER = Path(__file__).with_name("cpp")
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Numbers that kernels compute side by side: as many as a vector holds, or two where it is shorter."""
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -fopenmp -shared -fPIC"
 ARCHITECTURES = {"AVX512": "-march=native", "AVX2": "-mavx2 -mfma"}
 """What keeps kernels to the instructions that PyTorch keeps to; nothing where those are what any such processor has."""
-OF_TORCH = f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"
+HEADERS = f"-I{Path(torch.__file__).parent / 'include'}"
+"""PyTorch's."""
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16"}
 GRAIN = 128
 """Rows from which on threads are worth it."""
@@ -36,7 +36,7 @@ def kernel(source: str, name: str, types: str, *, within: bool = False, **given:
     """The function `name` of a file, compiled with what is `given`, in a second, unless it was before.
 
     Of `types` there is a letter for each argument: p for a tensor, or None, n for a whole number, f for another one.
-    What is called from `within` what PyTorch has compiled reads its tensors, and is found by all that is loaded.
+    What is called from `within` what PyTorch has compiled is found by all that is loaded, the first of a name.
     """
     architecture = ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), "")
     flags = [*FLAGS.split(), *architecture.split(), f"-DLANES={LANES}"]
@@ -45,10 +45,10 @@ def kernel(source: str, name: str, types: str, *, within: bool = False, **given:
     path = kept(f"{source}{flags}{code}", ".so")
     if not path.exists():
         with becoming(path) as made:
-            command = [*cpp_compiler(), *flags, str(FOLDER / source), *(OF_TORCH if within else ()), "-o", str(made)]
+            command = [*cpp_compiler(), *flags, str(FOLDER / source), HEADERS, "-o", str(made)]
             told = subprocess.run(command, capture_output=True, text=True)
-            rule = f"left out where the C++ compiler does not take its kernels:\n{told.stderr}\n"
-            require(told.returncode == 0 and made.exists(), "compiled", rule, True, ConfigError)
+            if told.returncode or not made.exists():
+                raise _not_here(f"the C++ compiler does not take them:\n{told.stderr}")
             _load(made)
     run = getattr(_load(path, ctypes.RTLD_GLOBAL if within else ctypes.RTLD_LOCAL), name)
     run.restype = None
@@ -57,28 +57,19 @@ def kernel(source: str, name: str, types: str, *, within: bool = False, **given:
 
 
 def kernels_pay() -> bool:
-    """Whether kernels are called without having been asked for: where they were seen to pay, if a compiler makes one.
-
-    A machine without a compiler does without; of one that fails a warning is given.
-    """
-    if torch.backends.cpu.get_cpu_capability() not in ARCHITECTURES or not has_compiler():
-        return False
-    given = {"WIDTH": LANES, "Added": torch.float32, "Read": torch.float32}
-    try:
-        kernel("norms.cpp", "normalise", "ppppfppnn", **given)  # the smallest
-    except ConfigError as error:
-        told = "translations will take longer, since kernels in C++ cannot be compiled here"
-        warnings.warn(f"{told} (with `compiled` set to False none are): {error}", stacklevel=2)
-        return False
-    return True
+    """Whether kernels are called without having been asked for: where they were seen to pay, if there is a compiler."""
+    return torch.backends.cpu.get_cpu_capability() in ARCHITECTURES and has_compiler()
 
 
 def _load(path: Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path), mode)
     except OSError as error:  # as where a compiler of C was named
-        rule = f"left out where the C++ compiler's kernels cannot be loaded ({error})"
-        raise ConfigError(f"`compiled` must be {rule}, but is True instead.") from error
+        raise _not_here(f"what the C++ compiler makes of them cannot be loaded ({error})") from error
+
+
+def _not_here(why: str) -> ConfigError:
+    return ConfigError(f"`compiled` must be False where there can be no kernels, but is not: {why}")
 
 
 def address(x: Tensor | None) -> int | None:

@@ -1,5 +1,6 @@
 """A run's model, its config and tokenizers, ready to decode."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import get_args
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from triglot.config import RunConfig
+from triglot.decoding.beam import BeamSearch
 from triglot.decoding.speculation import Draft, NGrams
 from triglot.errors import ConfigError, DataError, require
 from triglot.generation.captured import Captured, can_be_captured
@@ -18,6 +20,7 @@ from triglot.generation.drafts import ModelDraft
 from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.kernels import kernels_pay
 from triglot.generation.prepared import Prepared
+from triglot.generation.steps import search
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
@@ -97,13 +100,23 @@ class Ready:
         """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
         if not self._can_be_prepared:
             return None
-        by_kernels = isinstance(self.model, Transformer) and self._wants_kernels()
+        translates = isinstance(self.model, Transformer)
+        if self._compiles is None and translates and not self._in_training and kernels_pay():
+            try:
+                return self._tried(self._prepare(by_kernels=True))
+            except (ConfigError, OSError) as error:
+                told = "translations will take longer, since no kernels could be compiled for them"
+                warnings.warn(f"{told} (nor are any where `compiled` is False): {error}", stacklevel=2)
+        return self._prepare(by_kernels=translates and bool(self._compiles))
+
+    def _prepare(self, *, by_kernels: bool) -> Prepared:
         return Prepared(self.model, self.precision, self._never, by_kernels=by_kernels)
 
-    def _wants_kernels(self) -> bool:
-        if self._compiles is None:
-            return not self._in_training and kernels_pay()
-        return self._compiles
+    @staticmethod
+    def _tried(prepared: Prepared) -> Prepared:
+        """The same, after a search for one token of one sentence, which needs each kernel."""
+        search(prepared, [[0]], [1], BeamSearch(beam=1, eos_ids=[0]), 0)
+        return prepared
 
     @property
     def multiplies_in(self) -> str:
@@ -111,8 +124,8 @@ class Ready:
 
         Compiled, all weights of a decoder-only model are what was asked for.
         """
-        if self._compiles and self._can_be_prepared and isinstance(self.model, DecoderLLM):
-            return "int8 and int4" if self.precision == "int4" else self.precision
+        if (compiled := self.compiled if isinstance(self.model, DecoderLLM) else None) is not None:
+            return compiled.multiplies_in
         if (prepared := self.prepared) is not None:
             return " and ".join(one for one in get_args(Precision) if one in prepared.used)
         dtype = self.model.projection.weight.dtype

@@ -46,6 +46,7 @@ def translate(
     begun = beginnings(ready, prefixes, len(lines), limit, first_line)
     aligned = Alignment([], [], []) if how.alignments else None
     results = [[Hypothesis("", 0.0, [], truncated=False, log_probs=[], alignment=aligned)] for _ in lines]
+    dead = list[int]()
     # No kernel serves a rule, so that a line without a beginning would have other bits beside one that has one.
     for some in ([row for row in rows if begun[row]], [row for row in rows if not begun[row]]):
         forced = [begun[row] for row in some if begun[row]] or None
@@ -53,11 +54,13 @@ def translate(
         try:
             found = find([sources[row] for row in some], search, limit) if some else []
         except DeadEndError as error:
-            row = some[error.request]
-            raise DeadEndError(row, f"line {first_line + row}") from error
+            dead.append(some[error.request])
+            continue
         for row, texts in zip(some, found, strict=True):
             kept = distinct(ready.tokenizers.target, texts)[: how.nbest]
             results[row] = [hypothesis(ready, sources[row], text, search, alignment=how.alignments) for text in kept]
+    if dead:
+        raise DeadEndError(min(dead), f"line {first_line + min(dead)}")
     return results
 
 

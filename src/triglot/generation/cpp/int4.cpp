@@ -4,6 +4,7 @@
 //
 // Given: VNNI.
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <vector>
@@ -95,20 +96,32 @@ extern "C" void multiply_int4(const float* rows, const uint8_t* weights, const u
     multiply(rows, weights, scales, expert, to, count, inputs, outputs, threads);
 }
 
+// A function of PyTorch's, which has been loaded: a library that all may call must not have all call PyTorch's, too.
+template <class Function> Function* of_torch(const char* name) {
+    static void* const library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? (Function*)dlsym(library, name) : nullptr;
+}
+
+#define OF_TORCH(name) of_torch<decltype(aoti_torch_##name)>("aoti_torch_" #name)
+
 // The same as code that PyTorch has compiled calls it, for the operation `triglot::multiply_int4`.
 extern "C" AOTITorchError aoti_torch_cpu_multiply_int4(AtenTensorHandle rows, AtenTensorHandle weights,
                                                        AtenTensorHandle scales, AtenTensorHandle expert,
                                                        int64_t outputs, int64_t threads, AtenTensorHandle* to) {
+    static const auto size = OF_TORCH(get_size), stride = OF_TORCH(get_stride);
+    static const auto data_ptr = OF_TORCH(get_data_ptr);
+    static const auto empty = OF_TORCH(empty_strided);
+    static const auto float32 = OF_TORCH(dtype_float32), cpu = OF_TORCH(device_type_cpu);
+    if (!(size && stride && data_ptr && empty && float32 && cpu)) return AOTI_TORCH_FAILURE;
     int64_t sizes[] = {0, outputs}, strides[] = {outputs, 1}, inputs, of_row, of_number;
-    AOTITorchError failed = aoti_torch_get_size(rows, 0, &sizes[0]) | aoti_torch_get_size(rows, 1, &inputs) |
-                            aoti_torch_get_stride(rows, 0, &of_row) | aoti_torch_get_stride(rows, 1, &of_number);
+    AOTITorchError failed =
+        size(rows, 0, &sizes[0]) | size(rows, 1, &inputs) | stride(rows, 0, &of_row) | stride(rows, 1, &of_number);
     failed |= of_number != 1 || (sizes[0] > 1 && of_row != inputs);  // PyTorch lays numbers as it likes
-    failed = failed || aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
-                                                aoti_torch_device_type_cpu(), 0, to);
+    failed = failed || empty(2, sizes, strides, float32(), cpu(), 0, to);
     if (failed) return AOTI_TORCH_FAILURE;
     void* data[5];
     const AtenTensorHandle parts[] = {rows, weights, scales, expert, *to};
-    for (int part = 0; part < 5; part++) failed |= aoti_torch_get_data_ptr(parts[part], &data[part]);
+    for (int part = 0; part < 5; part++) failed |= data_ptr(parts[part], &data[part]);
     if (failed) return AOTI_TORCH_FAILURE;
     multiply((const float*)data[0], (const uint8_t*)data[1], (const uint32_t*)data[2], (const int64_t*)data[3],
              (float*)data[4], sizes[0], inputs, outputs, threads);
