@@ -165,7 +165,7 @@ def test_the_head_knows_the_first_largest_logit_and_the_sum_of_many_blocks(tied)
     ("norm", "layers", "precision"),
     [
         pytest.param("layer", 2, "fp32", marks=pytest.mark.slow),
-        pytest.param("rms", 1, "int8", marks=pytest.mark.slow),
+        ("rms", 1, "int8"),
         ("rms", 1, "int4"),  # and of eight bits what four do not fit: the logits, and sums of 40
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from triglot.generation.int8 import BESIDE, OUTPUTS, multiplies_bytes
 from triglot.generation.kernels import LANES, address, kernel
 from triglot.layers.packed import GROUP, four_bits, multiplies_int8
+from triglot.layers.vectors import round_up
 
 SHARED = 2**16
 """Weights from which on threads share them."""
@@ -71,7 +72,7 @@ class KernelInt4(nn.Module):
     ) -> None:
         super().__init__()
         self.outputs, self.inputs = weight.shape[-2:]
-        self.filled_up = -self.outputs % OUTPUTS + self.outputs
+        self.filled_up = round_up(self.outputs, OUTPUTS)
         weight = F.pad(weight.detach(), (0, 0, 0, self.filled_up - self.outputs)).view(-1, self.filled_up, self.inputs)
         whole, *scales = four_bits(weight)
         # [experts, vectors, lanes, groups, half, load, beside]

@@ -120,10 +120,7 @@ class Ready:
 
     @property
     def multiplies_in(self) -> str:
-        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections.
-
-        Compiled, all weights of a decoder-only model are what was asked for.
-        """
+        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections."""
         if (compiled := self.compiled if isinstance(self.model, DecoderLLM) else None) is not None:
             return compiled.multiplies_in
         if (prepared := self.prepared) is not None:

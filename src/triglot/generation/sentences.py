@@ -173,6 +173,6 @@ def search_all(ready: Ready, sources: list[list[int]], how: BeamSearch, limit: i
     return [results[row] for row in range(len(sources))]
 
 
-def worker_search(run: Path, which: str, precision: Precision, compiled: bool | None) -> Search:
+def worker_search(run: Path, which: str, precision: Precision, compiled: bool) -> Search:
     """The search of another process, with a model of its own."""
     return partial(search_all, Ready(*load_any(run, which), precision, compiled=compiled))
