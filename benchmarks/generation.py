@@ -9,7 +9,7 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ PACKAGES = {
 }
 UNHELD = ("llama.cpp", "OpenVINO GenAI")
 
+
+def our_model(model: Any, precision: Any, by_kernels: bool | None, banned: Sequence[int] = ()) -> Prepared:
+    """Ready to decode: by kernels where they pay, as `triglot.load` has it, if nothing else is said."""
+    by_kernels = kernels_pay() if by_kernels is None else by_kernels
+    return Prepared(model, precision, banned, by_kernels=by_kernels)
+
+
 # Translation
 
 
@@ -57,11 +64,10 @@ def sources_of(run: Path, data: Path, number: int | None) -> list[list[int]]:
 
 
 def our_search(run: Path, precision: Any, by_kernels: bool | None = None) -> Search:
-    """A worker's search: by kernels where they pay, as `triglot.load` has it, if nothing else is said."""
+    """A worker's search."""
     keep_freed_memory()
     model, _, tokenizers = load_model(run)
-    by_kernels = kernels_pay() if by_kernels is None else by_kernels
-    prepared = Prepared(model, precision, tokenizers.target.ids.banned, by_kernels=by_kernels)
+    prepared = our_model(model, precision, by_kernels, tokenizers.target.ids.banned)
 
     def find(sources: list[list[int]], how: BeamSearch, limit: int) -> list[list[Decoded]]:
         return search(prepared, sources, [limit] * len(sources), how, BOS)
@@ -216,11 +222,11 @@ def prompts(rows: int, below: int = 49152) -> list[list[int]]:
     return torch.randint(3, below, (rows, PROMPT), generator=draw).tolist()
 
 
-def our_texts(shape: str, rows: int, precision: Any, compiles: bool = False) -> Work:
+def our_texts(shape: str, rows: int, precision: Any, compiles: bool = False, by_kernels: bool | None = None) -> Work:
     """Greedy tokens after each prompt."""
     keep_freed_memory()
     model, sampler = SHAPES[shape](), Sampler(temperature=0.0)
-    prepared = Prepared(model, precision)
+    prepared = our_model(model, precision, by_kernels)
     start = partial(start_compiled, Compiled(model, precision)) if compiles else start_texts
 
     def work() -> int:
@@ -300,6 +306,7 @@ def text_settings(shape: str, rows: int, precision: str) -> dict[str, dict[str, 
     known: dict[str, dict[str, Callable[[], Work]]] = {
         "triglot": {precision: partial(our_texts, *given)},
         "triglot, compiled": {precision: partial(our_texts, *given, compiles=True)},
+        "triglot, without kernels": {precision: partial(our_texts, *given, by_kernels=False)},
         "transformers": {"fp32": partial(transformers_texts, shape, rows)},
         "CTranslate2": {"int8": partial(ctranslate2_texts, shape, rows, "int8")},
         "llama.cpp": {
@@ -319,7 +326,7 @@ def shares_of_bandwidth(shape: str, precision: Any, *, compiles: bool) -> list[R
     Beside what it reads of as many bytes, some of them from a cache if that is large, and of memory.
     """
     model, sampler = SHAPES[shape](), Sampler(temperature=0.0)
-    prepared = Prepared(model, precision)
+    prepared = our_model(model, precision, by_kernels=None)
     start = partial(start_compiled, Compiled(model, precision)) if compiles else start_texts
     read, rates = list[float](), {"as many bytes": list[float](), "memory": list[float]()}
     for turn in range(TURNS + 1):
@@ -404,7 +411,7 @@ def section_rows(section: str, options: argparse.Namespace) -> list[Row]:
     rows = list[Row]()
     for ours in (name for name in found if name.startswith("triglot")):
         rows += measure.rows(title, peers | {ours: found[ours]}, ours, "tokens/s")
-        if ", batch 1" in section and not options.laptop:
+        if ", batch 1" in section and not options.laptop and "without" not in ours:
             shape, _, precision = section.removeprefix("text: ").split(", ")
             rows += shares_of_bandwidth(shape, precision, compiles="compiled" in ours)
     return rows

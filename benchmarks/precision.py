@@ -18,6 +18,7 @@ from benchmarks.measure import Row
 from triglot.checkpoint import load_model
 from triglot.data.corpus import read_lines
 from triglot.generation.engine import load
+from triglot.generation.kernels import kernels_pay
 from triglot.generation.prepared import Prepared
 from triglot.layers.attend import FORBIDDEN
 
@@ -38,7 +39,7 @@ def bleu(run: Path, data: Path, precision: Any, number: int | None) -> float:
 def loss(run: Path, data: Path, precision: Any, windows: int | None) -> float:
     """Of the last tenth, in windows of the training's context."""
     model, config, tokenizers = load_model(run, device="cpu")
-    prepared, context = Prepared(model, precision), config.train.context
+    prepared, context = Prepared(model, precision, by_kernels=kernels_pay()), config.train.context
     text = (data / "tinyshakespeare" / "input.txt").read_text("utf-8")
     ids = torch.tensor(tokenizers.target.encode(text[int(0.9 * len(text)) :]))
     rows = ids[: (len(ids) - 1) // context * context + 1][: None if windows is None else windows * context + 1]

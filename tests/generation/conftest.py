@@ -27,6 +27,7 @@ def make() -> Callable[..., Any]:
         compiled: bool | None = None,
         in_training: bool = False,
         d_model: int = 20,
+        d_ff: int = 31,
         **data: Any,
     ) -> Engine:
         tokenizer = tokenizer or Tokenizer.train("byte", [], tags=tags)
@@ -34,8 +35,9 @@ def make() -> Callable[..., Any]:
         files = {"source": "a", "target": "b"} if pairs else {"files": ["a"]}
         values = {
             "model": {
-                "kind": kind, "d_model": d_model, "num_heads": 2, "num_layers": 1, "d_ff": 31, "max_seq_length": WINDOW,
-                "vocab_size": size, "src_vocab_size": size, "options": options or {"norm_order": "pre"},
+                "kind": kind, "d_model": d_model, "num_heads": 2, "num_layers": 1, "d_ff": d_ff,
+                "max_seq_length": WINDOW, "vocab_size": size, "src_vocab_size": size,
+                "options": options or {"norm_order": "pre"},
             },
             "data": {"kind": "pairs" if pairs else "text", **files, **data},
             "train": {"context": 5},

@@ -57,7 +57,10 @@ def test_a_compiler_that_makes_what_cannot_be_loaded_is_told_and_leaves_nothing(
     assert not list((tmp_path / "triglot").iterdir())
 
 
-def by_kernels(make, kind: str = "encoder_decoder", **how) -> bool:
+KINDS = pytest.mark.parametrize("kind", ["decoder_only", "encoder_decoder"])
+
+
+def by_kernels(make, kind: str, **how) -> bool:
     return make(kind, **how)._ready.prepared.by_kernels
 
 
@@ -66,35 +69,46 @@ needs_kernels = pytest.mark.skipif(not multiplies_bytes(), reason="kernels were 
 
 @needs_compiler
 @needs_kernels
+@KINDS
 @pytest.mark.filterwarnings("error")
-def test_translations_are_by_kernels_unless_that_is_not_wanted_or_the_model_is_in_training(make, monkeypatch):
-    assert by_kernels(make)
-    assert not by_kernels(make, compiled=False)
-    assert not by_kernels(make, in_training=True)
-    assert not by_kernels(make, "decoder_only")
+def test_texts_are_by_kernels_unless_that_is_not_wanted_or_the_model_is_in_training(make, kind, monkeypatch):
+    assert by_kernels(make, kind)
+    assert not by_kernels(make, kind, compiled=False)
+    assert not by_kernels(make, kind, in_training=True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert not by_kernels(make)
+    assert not by_kernels(make, kind)
 
 
+@KINDS
 @pytest.mark.filterwarnings("error")
-def test_a_machine_without_a_compiler_translates_without_kernels_if_none_were_asked_for(make, monkeypatch):
+def test_a_machine_without_a_compiler_goes_without_kernels_if_none_were_asked_for(make, kind, monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler-of-this-name")
-    assert not by_kernels(make)
+    assert not by_kernels(make, kind)
+
+
+ASKED = {
+    "encoder_decoder": lambda engine: engine.translate(["ab"]),
+    "decoder_only": lambda engine: engine.generate(["ab"]),
+}
 
 
 @needs_kernels
 @needs_compiler
-@pytest.mark.parametrize("file", ["norms", "paged", "top"])
-def test_of_a_compiler_that_fails_translations_are_told_and_go_on_without(make, file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [(kind, file) for kind in ASKED for file in ("norms", "paged", "activations")] + [("encoder_decoder", "top")],
+)
+def test_of_a_compiler_that_fails_users_are_told_and_go_on_without(make, kind, file, tmp_path, monkeypatch):
     failing = tmp_path / "c++"
     failing.write_text(f'#!/bin/sh\ncase "$*" in *{file}.cpp*) exit 1;; esac\nexec g++ "$@"\n')
     failing.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(failing))
     kernels.kernel.cache_clear()
-    with pytest.warns(UserWarning, match="translations will take longer, since no kernels could be compiled"):
-        found = make("encoder_decoder", d_model=32).translate(["ab"])
-    assert found == make("encoder_decoder", d_model=32, compiled=False).translate(["ab"])
+    ask, how = ASKED[kind], {"d_model": 32, "d_ff": 32, "options": {"norm_order": "pre", "activation": "gelu"}}
+    with pytest.warns(UserWarning, match="texts will take longer, since no kernels could be compiled"):
+        found = ask(make(kind, **how))
+    assert found == ask(make(kind, compiled=False, **how))
 
 
 @needs_kernels

@@ -2,6 +2,8 @@
 
 import math
 from contextlib import contextmanager
+from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from tests.conftest import needs_compiler
 from triglot.decoding.sampling import largest
 from triglot.errors import ConfigError
 from triglot.generation import int4, int8, kernels, top
+from triglot.generation.feed_forward import activate_by_kernel
 from triglot.generation.int4 import KernelInt4
 from triglot.generation.int8 import KernelInt8, multiplies_bytes
 from triglot.generation.paged import LANES, New, Pages
 from triglot.generation.residual import NormKernel
 from triglot.generation.top import TopKernel
 from triglot.layers import packed
+from triglot.layers.activations import Activation, activate, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.packed import GROUP, PackedInt4, four_bits, multiplies_int8, multiplies_tiles, pack_int8
 
@@ -60,19 +64,20 @@ def several_threads(number: int):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "GRAIN", 1)
+            patch.setattr(kernels, "WORK", 1)
             patch.setattr(int4, "SHARED", 1)
             yield
     finally:
         torch.set_num_threads(before)
 
 
-def pages_of(held, dtype):
+def pages_of(held, dtype, **how):
     """What is held, in pages, some of them full."""
     _, layers, sentences, kv_heads, _, head_dim = held.shape
-    pages = Pages(layers, sentences, kv_heads, head_dim, dtype)
+    pages = Pages(layers, sentences, kv_heads, head_dim, dtype, **how)
     for layer, both in enumerate(held.unbind(1)):
         for rows in (slice(0, 1), slice(1, sentences)):
-            pages.fill(layer, rows, both[:, rows])
+            pages.fill(rows, both[:, None, rows], slice(layer, layer + 1))
     return pages
 
 
@@ -127,6 +132,38 @@ def test_a_sentence_attends_to_its_pages_in_any_company(sentences, hypotheses, p
     assert found.equal(together[rows.flatten()])
 
 
+@few
+@given(st.integers(1, 4), st.sampled_from([1, 3, 13]), st.integers(1, 3), st.sampled_from(SIZES), st.integers(0, 999),
+       st.integers(1, 3))  # fmt: skip
+def test_tokens_of_a_text_attend_as_if_each_were_the_only_one(texts, new, pages, size, seed, threads):
+    held, query, of_new, bias = made(texts, new, pages, size, torch.float32, seed)
+    bias = bias.expand(-1, size[0], -1, -1) + torch.arange(1.0, 1 + size[0]).view(-1, 1, 1)  # by head
+    paged, tokens = pages_of(held, torch.float32, of_texts=True), torch.arange(texts * new).view(texts, new)
+    with several_threads(threads):
+        together = paged.attend(1, query, bias, torch.float32, of_new)
+    torch.testing.assert_close(together, by_torch(held, query, of_new, bias, 1), rtol=1e-5, atol=1e-5)
+    for number, rows in enumerate(tokens.T):  # of all that were written
+        alone = paged.attend(1, query[rows], bias[:, :, number, None], torch.float32)
+        assert alone.equal(together[rows])
+
+
+@few
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.sampled_from(SIZES), st.sampled_from(TYPES))
+def test_texts_that_are_kept_twice_are_written_apart(kept, size, dtype):
+    held, *_ = made(4, 1, 2, size, dtype, 0)
+    paged = pages_of(held, dtype, of_texts=True)
+    paged.keep(torch.tensor(kept))
+    assert paged.rows == len(kept)
+    length = 2 * LANES - 3
+    expected = held[:, :, kept, :, :length].clone()
+    for row in range(len(kept)):
+        new = torch.full((2, 3, 1, size[1], 1, size[2]), float(row))
+        paged.fill(torch.tensor([paged.rows_of[row]]), new)
+        expected[:, :, row, :, 0] = row
+    for row in range(len(kept)):
+        assert paged.text(row, length).equal(expected[:, :, row].transpose(2, 3))
+
+
 def test_what_is_far_below_weighs_nothing_and_what_is_no_number_stays_none():
     held, query, _, bias = made(1, 1, 1, SIZES[0], torch.float32, 0)
     bias[..., 1:], bias[..., 0] = -81.0, 0.0
@@ -142,14 +179,15 @@ def test_what_is_far_below_weighs_nothing_and_what_is_no_number_stays_none():
 
 
 @few
-@given(st.integers(1, 9), st.sampled_from([16, 128]), st.sampled_from(TYPES), st.sampled_from(TYPES),
+@given(st.sampled_from([nn.LayerNorm, partial(nn.LayerNorm, bias=False), partial(nn.RMSNorm, eps=1e-5)]),
+       st.integers(1, 9), st.sampled_from([16, 128]), st.sampled_from(TYPES), st.sampled_from(TYPES),
        st.floats(1e-3, 1e3))  # fmt: skip
-def test_norms_are_layer_norm(rows, width, of_added, dtype, scale):
+def test_norms_are_pytorchs(make, rows, width, of_added, dtype, scale):
     draw = torch.Generator().manual_seed(rows)
     x, added = torch.randn(2, rows, width, generator=draw) * scale
-    norm, added = nn.LayerNorm(width), added.to(of_added)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
+    norm, added = make(width), added.to(of_added)
+    for part in norm.parameters():
+        nn.init.normal_(part)
     run, sums = NormKernel(norm, dtype), x + added.float()
     found = run(x, added)
     torch.testing.assert_close(found.full, norm(sums).detach(), rtol=1e-4, atol=1e-5)
@@ -167,6 +205,29 @@ def test_norms_keep_what_is_no_number(bits):
     found = NormKernel(nn.LayerNorm(16), torch.bfloat16)(x, torch.zeros(2, 16))
     assert found.read[1].isnan().all()
     assert not found.read[0].isnan().any()
+
+
+@few
+@given(st.sampled_from(get_args(Activation)), st.integers(1, 9), st.sampled_from([16, 48]), st.sampled_from(TYPES),
+       st.sampled_from(TYPES), st.floats(1e-3, 1e3), st.integers(1, 3))  # fmt: skip
+def test_activations_are_pytorchs_and_each_numbers_own(activation, rows, width, given, dtype, scale, threads):
+    inner = width * (1 + is_gated(activation))
+    x = (rows_of(rows, inner + 16) * scale).to(given)[:, :inner]
+    expected, found = activate(x.float(), activation), activate_by_kernel(x, activation, dtype)
+    rounding = 1e-5 if dtype == torch.float32 else HALF
+    torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=rounding * min(scale, 1.0) ** 2)
+    with several_threads(threads):
+        assert activate_by_kernel(x[-1:], activation, dtype).equal(found[-1:])
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("value", [math.nan, 1e15, -1e15, 100.0, -100.0])
+def test_activations_of_what_is_large_or_no_number_are_pytorchs(activation, value):
+    x = torch.full((1, 64), value)
+    x[:, 32:] = 2.0
+    torch.testing.assert_close(
+        activate_by_kernel(x, activation, torch.float32), activate(x, activation), equal_nan=True, rtol=1e-5, atol=1e-30
+    )
 
 
 whole_numbers = pytest.mark.skipif(not multiplies_bytes(), reason="kernels have no products of bytes here")
@@ -335,6 +396,17 @@ def test_a_rows_products_in_whole_numbers_are_its_own_in_any_company(how, rows, 
     together = ours(x)
     with several_threads(threads):
         assert ours(x[order]).equal(together[order])
+
+
+@pytest.mark.skipif(not multiplies_tiles(), reason="this processor multiplies no tiles")
+@few
+@given(st.integers(1, 70), st.sampled_from(LINEARS))
+def test_products_by_tiles_are_those_without(rows, size):
+    x, given = rows_of(rows, size[1]), linear_of(*size, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "multiplies_tiles", lambda: False)
+        without = KernelInt8(*given)
+    assert KernelInt8(*given)(x).equal(without(x))
 
 
 @either_sum

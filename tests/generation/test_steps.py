@@ -89,18 +89,19 @@ def test_hypotheses_go_on_from_the_parents_that_they_are_given(options, by_kerne
 
 
 @torch.no_grad()
+@by_kernels
 @pytest.mark.parametrize("window", [None, 11])
-def test_text_steps_are_the_models(options, window):
+def test_text_steps_are_the_models(options, window, by_kernels):
     model, prompts = make_language_model(replace(options, window=window)), texts(3, 5)
     lengths = torch.tensor([len(ids) for ids in prompts])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
     expected, plain = model.start(padded, lengths, 50)
-    found, steps = start_texts(Prepared(model), prompts, 90)
+    found, steps = start_texts(Prepared(model, by_kernels=by_kernels), prompts, 90)
     for number in range(40):
         torch.testing.assert_close(found[:, :VOCAB], expected, rtol=1e-4, atol=2e-5)
         tokens = expected.argmax(1)
         if number == 20:
-            kept = torch.tensor([4, 0, 2])
+            kept = torch.tensor([4, 0, 2, 0])
             plain.select(kept)
             steps.select(kept)
             tokens = tokens[kept]
@@ -108,9 +109,11 @@ def test_text_steps_are_the_models(options, window):
 
 
 @torch.no_grad()
+@by_kernels
 @pytest.mark.parametrize("window", [None, 11])
-def test_tokens_that_are_read_together_have_the_logits_of_those_read_one_by_one(options, window):
-    prepared, prompts = Prepared(make_language_model(replace(options, window=window))), texts(3, 5)
+def test_tokens_that_are_read_together_have_the_logits_of_those_read_one_by_one(options, window, by_kernels):
+    model, prompts = make_language_model(replace(options, window=window)), texts(3, 5)
+    prepared = Prepared(model, by_kernels=by_kernels)
     (_, together), (_, apart) = (start_texts(prepared, prompts, 90) for _ in range(2))
     tokens = torch.randint(3, VOCAB, (5, 7), generator=torch.Generator().manual_seed(2))
     one_by_one = torch.stack([apart.step(of_all) for of_all in tokens.T], 1)
@@ -298,8 +301,7 @@ def prepared_models(name: str, precision: str, by_kernels: bool = False):
 
     options = from_dict(BlockOptions, CONFIGS[name])
     models = make_translator(options), make_language_model(options)
-    translator = Prepared(models[0], precision, (PAD, BOS), by_kernels=by_kernels)
-    return translator, Prepared(models[1], precision, (PAD, BOS))
+    return [Prepared(model, precision, (PAD, BOS), by_kernels=by_kernels) for model in models]
 
 
 def translations(name, precision, sources: list[list[int]], beam, limits: list[int], places, by_kernels=False):
@@ -309,8 +311,8 @@ def translations(name, precision, sources: list[list[int]], beam, limits: list[i
 
 
 @torch.no_grad()
-def continuations(name: str, precision: str, prompts: list[list[int]], seeds: list[int], limits: list[int], sampler):
-    _, prepared = prepared_models(name, precision)
+def continuations(name, precision, prompts: list[list[int]], seeds: list[int], limits: list[int], sampler, by_kernels):
+    _, prepared = prepared_models(name, precision, by_kernels)
     first, steps = start_texts(prepared, prompts, LONGEST)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return generate(first, steps, sampler, limits, eos_ids=[EOS], generator=generators)
@@ -350,8 +352,8 @@ def test_searches_of_unlike_texts_keep_to_the_shapes_that_are_named(name, precis
     for beam in (1, 3):
         found = translations(name, precision, given_texts, beam, limits, 2, by_kernels)
         assert all(len(of_one[0].ids) <= limit for of_one, limit in zip(found, limits, strict=True))
-    for sampler in (Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)) if not by_kernels else ():
-        written = continuations(name, precision, given_texts, list(range(5)), limits, sampler)
+    for sampler in (Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)):
+        written = continuations(name, precision, given_texts, list(range(5)), limits, sampler, by_kernels)
         assert all(len(one.ids) <= limit for one, limit in zip(written, limits, strict=True))
 
 
@@ -378,15 +380,15 @@ def test_a_translation_of_many_words_is_the_same_bits_in_any_company(asked, draw
 @bits_alone
 @settings(deadline=None, max_examples=40)
 @given(requests, st.randoms(use_true_random=False), st.sampled_from(sorted(CONFIGS)), st.sampled_from(PRECISIONS),
-       st.sampled_from([Sampler(), Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)]))  # fmt: skip
-def test_a_continuation_is_the_same_bits_in_any_company(asked, draw, name, precision, sampler):
+       st.sampled_from([Sampler(), Sampler(temperature=0.0), Sampler(top_k=7, top_p=0.9)]),
+       st.sampled_from(KERNELS))  # fmt: skip
+def test_a_continuation_is_the_same_bits_in_any_company(asked, draw, name, precision, sampler, by_kernels):
+    find = partial(continuations, name, precision, sampler=sampler, by_kernels=by_kernels)
     prompts, seeds, limits = [texts(seed, 1)[0] for seed, _ in asked], *map(list, zip(*asked, strict=True))
     rows = range(len(asked))
-    alone = [continuations(name, precision, [prompts[r]], [seeds[r]], [limits[r]], sampler)[0] for r in rows]
+    alone = [find([prompts[r]], [seeds[r]], [limits[r]])[0] for r in rows]
     order = draw.sample(rows, len(asked))
-    mixed = continuations(
-        name, precision, [prompts[r] for r in order], [seeds[r] for r in order], [limits[r] for r in order], sampler
-    )
+    mixed = find(*([of_all[r] for r in order] for of_all in (prompts, seeds, limits)))
     assert mixed == [alone[row] for row in order]
 
 

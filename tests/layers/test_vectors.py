@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from triglot.decoding.sampling import log_sum_exp
-from triglot.generation.prepared import IN_PLACE, activate_apart
+from triglot.generation.feed_forward import IN_PLACE, activate_apart
 from triglot.layers.activations import Activation, activate
 from triglot.layers.vectors import VECTOR, filled_up, in_whole_vectors
 

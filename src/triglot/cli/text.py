@@ -106,7 +106,14 @@ def generate(
         Path | None, typer.Option(metavar="RUN", help="Whose model guesses; else the text before.", show_default=False)
     ] = None,
     precision: InPrecision = Precision.fp32,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Faster, once it has been compiled.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="Faster, once it has been compiled; without: by kernels where they pay.",
+            show_default=False,
+        ),
+    ] = None,
     which: Which = "best",
     device: Device = None,
 ) -> None:

@@ -49,7 +49,7 @@ class PagedMemory(NamedTuple):
 
     def fill(self, layer: int, rows: slice, both: Float[Tensor, "2 some kv_heads length head_dim"]) -> None:
         """Write what a layer has of some sentences."""
-        self.pages.fill(layer, rows, both)
+        self.pages.fill(rows, both[:, None], slice(layer, layer + 1))
 
     def keep(self, rows: Int[Tensor, " kept"]) -> "PagedMemory":
         """Those of these sentences, in this order."""
@@ -124,12 +124,13 @@ def in_order(x: Float[Tensor, "*sizes"], dtype: torch.dtype) -> Float[Tensor, "*
 
 def at_most(x: Float[Tensor, "filled d_model"], rows: int) -> Hidden:
     """The first rows; where these are all, without the call that a step of one text would wait for."""
-    return x if len(x) == rows else x[:rows]
+    return x if x.size(0) == rows else x[:rows]
 
 
 def at_least(x: Hidden, rows: int) -> Float[Tensor, "filled d_model"]:
     """The rows and as many zeros as are missing."""
-    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    missing = rows - x.size(0)
+    return x if missing <= 0 else F.pad(x, (0, 0, 0, missing))
 
 
 def by_part(rows: Sequence[Tensor], parts: Sequence[Part]) -> Iterable[Sequence[Tensor]]:

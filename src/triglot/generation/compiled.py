@@ -270,5 +270,5 @@ def start_compiled(
         compiled.code(rows)
     lengths, width = [len(ids) for ids in prompts], compiled.model.head_dim
     logits, steps = start_texts(prepared, prompts, max(lengths))
-    held = [steps.held.both[:, :, row, :, :length, :width].transpose(2, 3) for row, length in enumerate(lengths)]
+    held = [steps.held.text(row, length)[..., :width] for row, length in enumerate(lengths)]
     return logits, CompiledTexts(compiled, held, most)

@@ -46,9 +46,9 @@ def load(
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
     run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`. With
     `compiled` texts go on by compiled code: on a processor the fastest for one text and for few
-    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Translations are searched for on a
-    processor by kernels that a C++ compiler makes here (`generation/kernels.py`), which are the fastest for any number;
-    where `compiled` is left out, wherever there is a compiler (and AVX2), and where it is False, by none.
+    (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Where `compiled` is left out, a
+    processor decodes by kernels that a C++ compiler makes here in seconds (`generation/kernels.py`), if there is one
+    (and AVX2), and where it is False, by none. Translations are never faster than by them.
     """
     where = device_here(device)
     on_processor = where.type == "cpu"
@@ -66,7 +66,7 @@ def load(
             prepared = Ready(model, config, tokenizers, precision).prepared
             compiled = prepared is not None and prepared.by_kernels
         pool = Workers(partial(sentences.worker_search, Path(run), which, precision, compiled), workers)
-    guesses = None if draft is None else Ready(*load_any(Path(draft), "best", where), precision)
+    guesses = None if draft is None else Ready(*load_any(Path(draft), "best", where), precision, compiled=compiled)
     return Engine(model, config, tokenizers, precision=precision, workers=pool, draft=guesses, compiled=compiled)
 
 

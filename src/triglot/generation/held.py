@@ -1,6 +1,6 @@
 """Keys and values of what was read, allocated ahead and written in place, each row at its own end."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +51,30 @@ class Place(NamedTuple):
     """Where the keys that are read stand in their texts; left empty where no relative positions ask for it."""
 
 
-class Held:
+class Places(Protocol):
+    """Where keys and values of rows can be written."""
+
+    window: int | None
+
+    def length_for(self, last: int) -> int:
+        """How many keys to read where the last is the one in this place; there is room for them afterwards."""
+        ...
+
+    def at(self, places: Int[Tensor, "rows new"]) -> Int[Tensor, "*written"]:
+        """Where keys and values of tokens in these places of their rows are."""
+        ...
+
+    def place(self, positions: Int[Tensor, "rows new"]) -> Place:
+        """Where a step's tokens stand, each row's behind one another, after room has been made for them."""
+        length = self.length_for(int(positions.max()))
+        keys, queries = torch.arange(length), positions[..., None]
+        hidden = keys > queries
+        if self.window is not None:
+            hidden |= keys <= queries - self.window
+        return Place(positions, length, self.at(positions), (hidden * FORBIDDEN)[:, None], keys[None])
+
+
+class Held(Places):
     """Keys and values [2, layers, rows, kv_heads, capacity, width]; there is always room for more."""
 
     def __init__(
@@ -89,17 +112,16 @@ class Held:
             both[:, :, :, :, :capacity], both[:, :, :, :, capacity:] = self.both, 0  # what weighs nothing is a number
             self.hold(both)
 
-    def place(self, positions: Int[Tensor, "rows new"]) -> Place:
-        """Where a step's tokens stand, each row's behind one another, after room has been made for them."""
-        length = self.length_for(int(positions.max()))
-        keys, queries = torch.arange(length), positions[..., None]
-        hidden = keys > queries
-        if self.window is not None:
-            hidden |= keys <= queries - self.window
-        return Place(positions, length, self.at(positions), (hidden * FORBIDDEN)[:, None], keys[None])
+    def fill(self, rows: Int[Tensor, " some"], both: Float[Tensor, "2 layers some kv_heads length width"]) -> None:
+        """Write the first keys and values of some rows."""
+        self.both[:, :, rows, :, : both.size(4)] = both
+
+    def text(self, row: int, length: int) -> Float[Tensor, "2 layers length kv_heads width"]:
+        """The first keys and values of a row."""
+        return self.both[:, :, row, :, :length].transpose(2, 3)
 
     def length_for(self, last: int) -> int:
-        """How many keys to read where the last is the one in this place; there is room for them afterwards."""
+        """How many keys to read, as many as there are where it is more than half of them."""
         length = round_up(last + 1, LENGTH)
         self.make_room(length)
         capacity = self.both.size(4)

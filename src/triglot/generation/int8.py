@@ -1,5 +1,6 @@
 """Projections in whole numbers by a kernel (`cpp/linear.cpp`), which rounds rows, multiplies and scales by one pass."""
 
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -7,14 +8,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
-from triglot.generation.kernels import LANES, address, kernel, threads_for
-from triglot.layers.packed import ZERO, Packed, PackedInt4, Precision, Rows, multiplies_int8, pack, whole_weights
+from triglot.generation.kernels import LANES, Kernel, address, kernel, threads_for
+from triglot.layers.packed import (
+    ZERO,
+    Packed,
+    PackedInt4,
+    Precision,
+    Rows,
+    multiplies_int8,
+    multiplies_tiles,
+    pack,
+    whole_weights,
+)
 from triglot.layers.vectors import round_up
 
 BESIDE = 4
 """Inputs of an output whose weights lie side by side."""
-OUTPUTS = 2 * LANES
-"""Outputs that are multiplied at a time."""
+OUTPUTS, TILE = 2 * LANES, 64
+"""Outputs that are multiplied at a time, and inputs that a tile has of each."""
 
 
 class Int8Weights(NamedTuple):
@@ -49,9 +60,12 @@ class KernelInt8:
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> None:
         self.outputs, self.inputs = weight.shape
-        missing = -self.outputs % OUTPUTS, -self.inputs % LANES
-        self.weights = Int8Weights.of(F.pad(weight, (0, missing[1], 0, missing[0])))
-        self.bias = F.pad(weight.new_zeros(self.outputs) if bias is None else bias.float(), (0, missing[0]))
+        self.by_tiles = int(multiplies_tiles() and torch.cpu._init_amx())
+        self.filled_up = round_up(self.outputs, OUTPUTS)
+        self.width = round_up(self.inputs, TILE if self.by_tiles else LANES)
+        missing = self.filled_up - self.outputs
+        self.weights = Int8Weights.of(F.pad(weight, (0, self.width - self.inputs, 0, missing)))
+        self.bias = F.pad(weight.new_zeros(self.outputs) if bias is None else bias.float(), (0, missing))
         self.num_bytes, self.vnni = self.weights.whole.nbytes, int(multiplies_int8())
 
     def __call__(self, x: Rows) -> Float[Tensor, "rows outputs"]:
@@ -59,14 +73,18 @@ class KernelInt8:
 
     def narrow(self, x: Rows, activation: Literal["none", "relu"] = "none") -> Float[Tensor, "rows outputs"]:
         """The same, activated."""
-        assert x.size(1) == self.inputs, "a kernel reads so many numbers, whatever there is"
-        width = round_up(self.inputs, LANES)
-        x = (F.pad(x, (0, width - self.inputs)) if width > self.inputs else x).float().contiguous()
-        y = torch.empty(len(x), len(self.bias), dtype=torch.float32)
-        run = kernel("linear.cpp", "linear", "ppppppnnnn", WIDTH=width, VNNI=self.vnni)
-        pointers = [address(part) for part in (x, *self.weights, self.bias, y)]
-        run(*pointers, len(x), len(self.bias), int(activation == "relu"), threads_for(len(x)))
-        return y if len(self.bias) == self.outputs else y[:, : self.outputs]
+        rows, inputs = x.shape
+        assert inputs == self.inputs, "a kernel reads so many numbers, whatever there is"
+        x = (F.pad(x, (0, self.width - inputs)) if self.width > inputs else x).float().contiguous()
+        y = torch.empty(rows, self.filled_up, dtype=torch.float32)
+        threads = threads_for(rows, rows * self.num_bytes)
+        self._run(address(x), address(y), rows, int(activation == "relu"), threads)
+        return y if self.filled_up == self.outputs else y[:, : self.outputs]
+
+    @cached_property
+    def _run(self) -> Kernel:
+        run = kernel("linear.cpp", "linear", "ppppnppnnn", WIDTH=self.width, VNNI=self.vnni, TILES=self.by_tiles)
+        return partial(run, *map(address, (*self.weights, self.bias)), self.filled_up)
 
 
 def pack_for_kernels(

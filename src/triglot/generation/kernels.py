@@ -26,8 +26,8 @@ ARCHITECTURES = {"AVX512": "-march=native", "AVX2": "-mavx2 -mfma"}
 HEADERS = f"-I{Path(torch.__file__).parent / 'include'}"
 """PyTorch's."""
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16"}
-GRAIN = 128
-"""Rows from which on threads are worth it."""
+GRAIN, WORK = 128, 2**16
+"""Rows from which on threads are worth it, and products, or what costs as much."""
 Kernel = Callable[..., None]
 
 
@@ -77,6 +77,6 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def threads_for(rows: int) -> int:
+def threads_for(rows: int, work: int = 0) -> int:
     """How many threads share so many rows: all that PyTorch has, or one: any other number has threads end and begin."""
-    return torch.get_num_threads() if rows >= GRAIN else 1
+    return torch.get_num_threads() if rows >= GRAIN or work >= WORK else 1

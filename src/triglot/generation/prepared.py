@@ -6,8 +6,9 @@ end weigh exactly nothing and are so many that no sum is taken in another order.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +30,18 @@ from triglot.generation.attention import (
     at_most,
     turn_table,
 )
+from triglot.generation.feed_forward import PreparedFeedForward
 from triglot.generation.held import Held, Place, held_width
-from triglot.generation.int8 import KernelInt8, pack_for_kernels
+from triglot.generation.int8 import pack_for_kernels
 from triglot.generation.paged import Pages
 from triglot.generation.residual import PreparedResidual, Stream, norm_of
 from triglot.generation.top import TopKernel, may_multiply
-from triglot.layers.activations import Activation, is_gated
 from triglot.layers.attend import FORBIDDEN
 from triglot.layers.feed_forward import PointwiseFeedForward
 from triglot.layers.moe import MixtureOfExperts
-from triglot.layers.packed import LEAST_SIZE, Packed, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
+from triglot.layers.packed import LEAST_SIZE, PackedFloat, PackedInt8, Packer, Precision, pack, quantise_rows
 from triglot.layers.positions import LearnedPositions, PositionalEncoding
-from triglot.layers.vectors import GRAIN, VECTOR, filled_up, in_whole_vectors, round_up
+from triglot.layers.vectors import GRAIN, VECTOR, round_up
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
 from triglot.models.stack import Stack
@@ -52,47 +53,6 @@ SHIFT = 35.0
 """What is taken off logits whose powers are wanted: those of a row's likeliest token are seldom outside −10 to 25."""
 VOCABULARY = 128
 """The vocabulary is filled up to a multiple of this, by tokens that never come."""
-FUSED = PackedFloat, KernelInt8
-"""Projections that can have negative numbers become 0 as they come."""
-
-_gelu_tanh = partial(torch.ops.aten.gelu_, approximate="tanh")
-IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_,
-    "gelu_tanh": _gelu_tanh,
-    "silu": torch.ops.aten.silu_,
-    "swiglu": torch.ops.aten.silu_,
-    "geglu_tanh": _gelu_tanh,
-}
-"""What is done to all numbers, or to the gates."""
-
-
-def activate_apart(x: Float[Tensor, "rows inner"], activation: Activation) -> Float[Tensor, "rows d_ff"]:
-    """`layers.feed_forward.activate`, each number's bits its own; may write over `x`."""
-    if activation == "relu":
-        return F.relu(x)
-    if not is_gated(activation):
-        return in_whole_vectors(filled_up(x), IN_PLACE[activation])[:, : x.size(1)]
-    gate, up = x.chunk(2, dim=-1)
-    return in_whole_vectors(filled_up(gate).contiguous(), IN_PLACE[activation])[:, : up.size(1)] * up
-
-
-class PreparedFeedForward:
-    """Two products with an activation between them."""
-
-    def __init__(self, inner: Packed, outer: Packed, activation: Activation) -> None:
-        self.inner, self.outer, self.activation = inner, outer, activation
-
-    @classmethod
-    def of(cls, feed: PointwiseFeedForward, packer: Packer) -> "PreparedFeedForward":
-        """Its projections packed."""
-        inner, outer = (packer.beside([part]) for part in (feed.inner, feed.outer))
-        return cls(inner, outer, feed.activation)
-
-    def __call__(self, x: Hidden) -> Hidden:
-        inner, outer = self.inner, self.outer
-        if self.activation == "relu" and isinstance(inner, FUSED) and isinstance(outer, FUSED):
-            return outer.narrow(inner.narrow(x, "relu"))  # which is the same in bf16
-        return outer.narrow(activate_apart(inner(x), self.activation))
 
 
 class PreparedExperts:
@@ -116,6 +76,11 @@ class PreparedExperts:
             for one in range(moe.num_experts)
         ]
         self.least_rows = packer.least_rows
+
+    @property
+    def feeds(self) -> list[PreparedFeedForward]:
+        """All experts, the shared one too."""
+        return self.experts if self.shared is None else [*self.experts, self.shared]
 
     def step(self, x: Hidden, rows: int) -> Hidden:
         """Of the first rows, which stand for tokens; what fills up others visits no expert."""
@@ -178,10 +143,13 @@ class PreparedBlock:
             self.feed_forward = PreparedExperts(feed, packer)
 
     def compile(self, dtype: torch.dtype) -> None:
-        """Have kernels add and normalise, for products that read rows in `dtype`."""
+        """Have kernels add and normalise, for products that read rows in `dtype`, and activate."""
         for part in vars(self).values():
             if isinstance(part, PreparedResidual):
                 part.compile(dtype)
+        feed = self.feed_forward
+        for one in [feed] if isinstance(feed, PreparedFeedForward) else feed.feeds:
+            one.by_kernel = True
 
     def step(self, x: Stream, parts: Sequence[Part], layer: int, turn: Turn | None) -> Stream:
         """Rows are the next tokens of texts."""
@@ -308,7 +276,7 @@ class Prepared:
         if isinstance(self.head, PackedFloat) and self.head.packed and not self.has_bias:  # which it would round
             self.powers = self.head.with_bias(bias - SHIFT)
         self.top = None
-        if by_kernels and may_multiply(self.head.precision):
+        if by_kernels and self.encoder is not None and may_multiply(self.head.precision):
             self.top = TopKernel(weight, bias, self.head.precision)
         self.num_bytes, self.used = packer.num_bytes + self.head.num_bytes, {*packer.used, self.head.precision}
 
@@ -352,18 +320,24 @@ class Prepared:
     def _logits_of(self, hidden: Hidden, rows: Int[Tensor, " some"]) -> Float[Tensor, "some filled_up_vocab"]:
         return self.logits(hidden[rows])
 
-    def hold(self, rows: int, most: int) -> Held:
+    def hold(self, rows: int, most: int) -> Held | Pages:
         """Room for `rows` texts of at most `most` tokens."""
-        return self._hold(rows, most, 1, QUERIES)
+        if not self.by_kernels:
+            return self._hold(rows, most, 1, QUERIES)
+        self._check_length(most)
+        return self._pages(rows, of_texts=True, window=self.decoder.stack.options.window)
 
     def hold_hypotheses(self, sentences: int, most: int, beam: int) -> Held | Pages:
         """Room for `beam` hypotheses of each sentence, of at most `most` tokens."""
-        stack, attention = self.decoder.stack, self.decoder.blocks[0].self_attention
         if self.by_kernels:
             self._check_length(most)
-            dtype = attention.comes_in(self.decoder.turns)
-            return Pages(len(stack.layers), sentences, stack.num_kv_heads, stack.head_dim, dtype)
-        return self._hold(sentences, most, beam, beam * attention.heads // stack.num_kv_heads)
+            return self._pages(sentences)
+        groups = self.decoder.blocks[0].self_attention.heads // self.decoder.stack.num_kv_heads
+        return self._hold(sentences, most, beam, beam * groups)
+
+    def _pages(self, rows: int, **how: Any) -> Pages:
+        stack, dtype = self.decoder.stack, self.decoder.blocks[0].self_attention.comes_in(self.decoder.turns)
+        return Pages(len(stack.layers), rows, stack.num_kv_heads, stack.head_dim, dtype, **how)
 
     def _hold(self, rows: int, most: int, beam: int, queries: int) -> Held:
         stack = self.decoder.stack

@@ -20,7 +20,7 @@ from triglot.generation.drafts import ModelDraft
 from triglot.generation.int8 import multiplies_bytes
 from triglot.generation.kernels import kernels_pay
 from triglot.generation.prepared import Prepared
-from triglot.generation.steps import search
+from triglot.generation.steps import search, start_texts
 from triglot.layers.packed import Precision
 from triglot.models.decoder_only import DecoderLLM
 from triglot.models.encoder_decoder import Transformer
@@ -37,8 +37,8 @@ class Ready:
     """A model in evaluation mode; on a processor it is prepared when it is first asked for.
 
     Its weights must not change then. On a GPU texts go on by captured steps, which put some weights into one piece,
-    unless the model is `in_training`; all else decodes with the model as it is. Where `compiled` is left out, a
-    translator's kernels are compiled if they pay, unless it is in training, and nothing else is.
+    unless the model is `in_training`; all else decodes with the model as it is. Where `compiled` is left out, kernels
+    are compiled if they pay, unless it is in training, and nothing else is.
     """
 
     def __init__(
@@ -100,22 +100,25 @@ class Ready:
         """The model made ready for a processor, its banned ids among what it knows; None elsewhere."""
         if not self._can_be_prepared:
             return None
-        translates = isinstance(self.model, Transformer)
-        if self._compiles is None and translates and not self._in_training and kernels_pay():
+        if self._compiles is None and not self._in_training and kernels_pay():
             try:
                 return self._tried(self._prepare(by_kernels=True))
             except (ConfigError, OSError) as error:
-                told = "translations will take longer, since no kernels could be compiled for them"
+                told = "texts will take longer, since no kernels could be compiled for them"
                 warnings.warn(f"{told} (nor are any where `compiled` is False): {error}", stacklevel=2)
-        return self._prepare(by_kernels=translates and bool(self._compiles))
+        return self._prepare(by_kernels=bool(self._compiles))
 
     def _prepare(self, *, by_kernels: bool) -> Prepared:
         return Prepared(self.model, self.precision, self._never, by_kernels=by_kernels)
 
     @staticmethod
     def _tried(prepared: Prepared) -> Prepared:
-        """The same, after a search for one token of one sentence, which needs each kernel."""
-        search(prepared, [[0]], [1], BeamSearch(beam=1, eos_ids=[0]), 0)
+        """The same, after a search for one token of one sentence, or one of a text, which needs each kernel."""
+        if prepared.encoder is None:
+            _, steps = start_texts(prepared, [[0]], 1)
+            steps.step(torch.zeros(1, dtype=torch.long))
+        else:
+            search(prepared, [[0]], [1], BeamSearch(beam=1, eos_ids=[0]), 0)
         return prepared
 
     @property

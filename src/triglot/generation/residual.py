@@ -36,7 +36,7 @@ class PreparedResidual:
     def compile(self, dtype: torch.dtype) -> None:
         """Have a kernel add, normalise and round to `dtype`, if it is one for this norm."""
         norm = self.norm
-        if isinstance(norm, nn.LayerNorm) and norm.bias is not None and norm.weight.numel() % LANES == 0:
+        if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.weight.numel() % LANES == 0:
             self.kernel = NormKernel(norm, dtype)
 
     def __call__(self, x: Stream, sublayer: Sublayer) -> Stream:
@@ -63,10 +63,12 @@ def norm_of(module: nn.Module) -> Sublayer:
 
 
 class NormKernel:
-    """LayerNorm(x + added), in fp32 and in `dtype`, by `cpp/norms.cpp`."""
+    """The norm of x + added, in fp32 and in `dtype`, by `cpp/norms.cpp`."""
 
-    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
-        self.weight, self.bias, self.eps, self.dtype = norm.weight.detach(), norm.bias.detach(), norm.eps, dtype
+    def __init__(self, norm: nn.LayerNorm | nn.RMSNorm, dtype: torch.dtype) -> None:
+        self.rms, bias = isinstance(norm, nn.RMSNorm), getattr(norm, "bias", None)
+        self.weight, self.bias = norm.weight.detach(), None if bias is None else bias.detach()
+        self.eps, self.dtype = norm.eps, dtype
 
     def __call__(self, x: Hidden, added: Float[Tensor, "rows d_model"]) -> Stream:
         full = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -78,7 +80,7 @@ class NormKernel:
         return Stream(full, read)
 
     def read_alone(self, x: Hidden) -> Float[Tensor, "rows d_model"]:
-        """LayerNorm(x) in `dtype`."""
+        """The norm of x in `dtype`."""
         read = torch.empty_like(x, dtype=self.dtype, memory_format=torch.contiguous_format)
         self._run(x, None, *((read, None) if self.dtype == x.dtype else (None, read)))
         return read
@@ -86,7 +88,7 @@ class NormKernel:
     def _run(self, x: Hidden, added: Tensor | None, full: Tensor | None, read: Tensor | None) -> None:
         x, added = x.contiguous(), None if added is None else added.contiguous()
         type_added = torch.float32 if added is None else added.dtype
-        given = {"WIDTH": x.size(1), "Added": type_added, "Read": self.dtype}
+        given = {"WIDTH": x.size(1), "Added": type_added, "Read": self.dtype, "RMS": int(self.rms)}
         run = kernel("norms.cpp", "normalise", "ppppfppnn", **given)
         rows = [address(part) for part in (x, added, self.weight, self.bias)]
-        run(*rows, self.eps, address(full), address(read), len(x), threads_for(len(x)))
+        run(*rows, self.eps, address(full), address(read), x.size(0), threads_for(x.size(0)))

@@ -17,7 +17,8 @@ from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import Chooser, Decoded, gather, stream_in_parts
 from triglot.errors import DeadEndError
 from triglot.generation.attention import Memory, PagedMemory, Part
-from triglot.generation.held import LENGTH, Held, Place
+from triglot.generation.held import LENGTH, Held, Place, held_width
+from triglot.generation.paged import Pages
 from triglot.generation.prepared import Prepared
 from triglot.generation.top import MOST
 from triglot.layers.attend import FORBIDDEN
@@ -238,7 +239,7 @@ def greedy(
 class TextSteps:
     """Texts of a decoder-only model, each of its own length (`decoding.search.Steps`)."""
 
-    def __init__(self, prepared: Prepared, held: Held, ends: Sequence[int]) -> None:
+    def __init__(self, prepared: Prepared, held: Held | Pages, ends: Sequence[int]) -> None:
         self.prepared, self.held = prepared, held
         self.ends = torch.tensor(ends)
         """The tokens of each text."""
@@ -273,19 +274,20 @@ def start_texts(
     prepared: Prepared, prompts: Sequence[Sequence[int]], most: int
 ) -> tuple[Float[Tensor, "texts filled_up_vocab"], TextSteps]:
     """Read prompts, each filled up by its own length alone; logits after each, and what goes on from there."""
-    held = prepared.hold(len(prompts), most)
+    held, stack = prepared.hold(len(prompts), most), prepared.decoder.stack
     lengths = torch.tensor([round_up(len(ids), LENGTH) for ids in prompts])
-    held.make_room(int(lengths.max()))
-    last = torch.empty(len(prompts), prepared.decoder.stack.d_model)
+    held.length_for(int(lengths.max()) - 1)
+    last = torch.empty(len(prompts), stack.d_model)
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero()[:, 0]
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         for place, row in enumerate(rows.tolist()):
             ids[place, : len(prompts[row])] = torch.tensor(prompts[row])
-        both = held.both.new_zeros(2, held.both.size(1), len(rows), held.both.size(3), length, held.both.size(5))
-        look_ahead = create_look_ahead_mask(length, window=prepared.decoder.stack.options.window)
+        heads = stack.num_kv_heads, length, held_width(stack.head_dim)
+        both = torch.empty(2, len(stack.layers), len(rows), *heads)
+        look_ahead = create_look_ahead_mask(length, window=stack.options.window)
         bias = torch.where(look_ahead, 0.0, FORBIDDEN)[None, None]
         hidden = prepared.decoder.whole(ids, bias, both).view(len(rows), length, -1)
-        held.both[:, :, rows, :, :length] = both
+        held.fill(rows, both)
         last[rows] = hidden[torch.arange(len(rows)), torch.tensor([len(prompts[row]) - 1 for row in rows.tolist()])]
     return prepared.logits(last), TextSteps(prepared, held, [len(ids) for ids in prompts])

@@ -54,24 +54,27 @@ template <int INPUTS> float to_bytes(const float* row, uint8_t* bytes) {
     return all / 127 + total(none);
 }
 
-// The products of `count` rows with SIDE · LANES outputs, which `finish` is given for each row and vector. The weights of
-// LANES outputs lie together, BESIDE inputs of each side by side; `starts` takes off what 128 adds.
-template <int INPUTS, class Finish>
+// The products of `count` rows, AT of them at a time, with SIDE · LANES outputs, which `finish` is given for each row and
+// vector. The weights of LANES outputs lie together, BESIDE inputs of each side by side; `starts` takes off what 128 adds.
+template <int INPUTS, int AT = SOME, class Finish>
 void multiply_bytes(const uint8_t* rows, int count, const int8_t* weights, const int32_t* starts, Finish finish) {
-    for (int first = 0; first < count; first += SOME) {
-        Integers sums[SOME][SIDE];
-        for (int row = 0; row < SOME; row++)
+    for (int first = 0; first < count; first += AT) {
+        Integers sums[AT][SIDE];
+        for (int row = 0; row < AT; row++)
             for (int side = 0; side < SIDE; side++) sums[row][side] = read<Integers>(starts + side * LANES);
         for (int at = 0; at < INPUTS; at += BESIDE) {
             Integers inputs[SIDE];
             for (int side = 0; side < SIDE; side++) inputs[side] = read<Integers>(weights + (side * INPUTS + at) * LANES);
-            for (int row = 0; row < SOME; row++) {
+            if (first == 0)  // memory brings what the next outputs have meanwhile, which rows in between would keep it from
+                for (int side = 0; side < SIDE; side++)
+                    __builtin_prefetch(weights + ((SIDE + side) * INPUTS + at) * LANES, 0, 2);
+            for (int row = 0; row < AT; row++) {
                 const Integers four = read<int32_t>(rows + (first + row) * INPUTS + at) + Integers{};
                 for (int side = 0; side < SIDE; side++)
                     sums[row][side] = add_products(sums[row][side], four, inputs[side]);
             }
         }
-        for (int row = 0; row < SOME; row++)
+        for (int row = 0; row < AT; row++)
             for (int side = 0; side < SIDE; side++)
                 finish(first + row, side, __builtin_convertvector(sums[row][side], Floats));
     }

@@ -1,6 +1,7 @@
-// LayerNorm(x + added) (Ba et al. 2016, eq. 4), a row after another: `residual.py` compiles this for one model.
+// LayerNorm(x + added) (Ba et al. 2016, eq. 4), or by the root of the mean square (Zhang & Sennrich 2019, eq. 4), a row
+// after another: `residual.py` compiles this for one model.
 //
-// Given: WIDTH, a multiple of LANES, and the types Added and Read, float or BFloat16.
+// Given: WIDTH, a multiple of LANES, the types Added and Read, float or BFloat16, and RMS, 1 where no mean is taken off.
 
 #include <cmath>
 
@@ -18,7 +19,7 @@ extern "C" void normalise(const float* x, const Added* added, const float* weigh
             if (added) rows[chunk] += load(added + at);
             sum += rows[chunk];
         }
-        const float mean = total(sum) / WIDTH;
+        const float mean = RMS ? 0 : total(sum) / WIDTH;
         for (Floats& some : rows) {
             some -= mean;
             squares += some * some;
@@ -26,7 +27,8 @@ extern "C" void normalise(const float* x, const Added* added, const float* weigh
         const float scale = 1 / std::sqrt(total(squares) / WIDTH + eps);
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const int64_t at = row * WIDTH + chunk * LANES;
-            const Floats normed = rows[chunk] * scale * load(weight + chunk * LANES) + load(bias + chunk * LANES);
+            Floats normed = rows[chunk] * scale * load(weight + chunk * LANES);
+            if (bias) normed += load(bias + chunk * LANES);
             if (full) store(full + at, normed, LANES);
             if (read) store(read + at, normed, LANES);
         }

@@ -109,28 +109,38 @@ void write(const Input* key, const Input* value, int64_t lane, Page* heads) {
 }  // namespace
 
 // Writes what is new in its places, if there are places, and attends. Of each page there are the heads of all sentences
-// one behind another, those of a sentence from its row on.
+// one behind another, those of a layer from `layer` on and those of a sentence from its row on. Sentences may have the same row, and see what all of them wrote.
 extern "C" void step(const Input* query, int64_t query_stride, const Input* key, int64_t key_stride,
                      const Input* value, int64_t value_stride, const int64_t* places, Page* const* pages,
-                     int64_t num_pages, const int64_t* rows, const float* bias, const int64_t* strides, Output* output,
-                     int64_t sentences, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t sentence = 0; sentence < sentences; sentence++) {
-        thread_local std::vector<Shown> shown;
-        thread_local std::vector<Floats> scores;
-        const int64_t first = sentence * HYPOTHESES, heads = rows[sentence] * KV_HEADS;
-        if (places)
-            for (int64_t at = first; at < first + HYPOTHESES; at++)
+                     int64_t num_pages, int64_t layer, const int64_t* rows, const float* bias, int64_t sentence_stride,
+                     int64_t head_stride, int64_t hypothesis_stride, Output* output, int64_t sentences,
+                     int64_t threads) {
+    const auto heads_of = [&](int64_t page, int64_t sentence) { return pages[page] + layer + rows[sentence] * KV_HEADS; };
+#pragma omp parallel num_threads(threads)
+    {
+        if (places) {
+#pragma omp for
+            for (int64_t at = 0; at < sentences * HYPOTHESES; at++)
                 write(key + at * key_stride, value + at * value_stride, places[at] % LANES,
-                      pages[places[at] / LANES] + heads);
-        const Bias own{bias + sentence * strides[0], strides[1], strides[2]};
-        shown.clear();
-        for (int64_t page = 0; page < num_pages; page++)
-            if (own.shows(page)) shown.push_back({pages[page] + heads, page});
-        scores.resize(shown.size() * SOME);
-        for (int head = 0; head < KV_HEADS; head++)
+                      heads_of(places[at] / LANES, at / HYPOTHESES));
+        }
+        std::vector<Shown> shown;
+        std::vector<Floats> scores;
+        int64_t last = -1;
+#pragma omp for
+        for (int64_t at = 0; at < sentences * KV_HEADS; at++) {
+            const int64_t sentence = at / KV_HEADS, first = sentence * HYPOTHESES;
+            const Bias own{bias + sentence * sentence_stride, head_stride, hypothesis_stride};
+            if (sentence != last) {
+                shown.clear();
+                for (int64_t page = 0; page < num_pages; page++)
+                    if (own.shows(page)) shown.push_back({heads_of(page, sentence), page});
+                scores.resize(shown.size() * SOME);
+                last = sentence;
+            }
             for (int some = 0; some < QUERIES; some += SOME)
-                attend(query + first * query_stride, query_stride, shown, own, head, some, scores,
+                attend(query + first * query_stride, query_stride, shown, own, at % KV_HEADS, some, scores,
                        output + first * HEADS * HEAD_DIM);
+        }
     }
 }

@@ -1,4 +1,4 @@
-// Products by the instructions for tiles of numbers in bf16 (Intel's AMX).
+// Products by the instructions for tiles of numbers in bf16 and of bytes (Intel's AMX).
 
 #pragma once
 
@@ -64,6 +64,30 @@ template <int INPUTS> void multiply_tiles(const BFloat16* rows, const BFloat16* 
     _tile_stored(1, to + LANES, 4 * stride);
     _tile_stored(2, to + 16 * stride, 4 * stride);
     _tile_stored(3, to + 16 * stride + LANES, 4 * stride);
+}
+
+// The same of rows of bytes, four inputs side by side, with what sums begin with.
+template <int INPUTS> void multiply_tiles(const uint8_t* rows, const int8_t* weights, const int32_t* starts, int32_t* to) {
+    const int8_t* others = weights + LANES * INPUTS;
+    _tile_loadd(0, starts, 0);
+    _tile_loadd(1, starts + LANES, 0);
+    _tile_loadd(2, starts, 0);
+    _tile_loadd(3, starts + LANES, 0);
+    for (int at = 0; at < INPUTS; at += 64) {
+        _tile_loadd(4, rows + at, INPUTS);
+        _tile_loadd(5, rows + 16 * INPUTS + at, INPUTS);
+        _tile_loadd(6, weights + at * LANES, 64);
+        _tile_loadd(7, others + at * LANES, 64);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, to, 8 * LANES);
+    _tile_stored(1, to + LANES, 8 * LANES);
+    _tile_stored(2, to + 32 * LANES, 8 * LANES);
+    _tile_stored(3, to + 33 * LANES, 8 * LANES);
+    asm volatile("" ::: "memory");
 }
 
 }  // namespace
