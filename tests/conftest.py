@@ -31,6 +31,8 @@ WARNS_OF_ITSELF = [
 """Marks of tests in which torch's compiler runs, which warns of what it does itself."""
 
 HAS_COMPILER = shutil.which("g++") is not None
+KERNELS = [False, True] if HAS_COMPILER else [False]
+"""Ways to decode: by kernels, or without."""
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here")
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import triglot
 from tests.conftest import needs_compiler
+from triglot.generation.int8 import multiplies_bytes
 from triglot.recipe import from_dict, to_dict
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -262,13 +263,26 @@ def test_compiled_texts_come_from_what_was_compiled(folder, monkeypatch):
 def test_translations_by_kernels_are_those_without(folder, tmp_path, monkeypatch):
     (lines := tmp_path / "lines").write_text("7 ab\n\nb a 2\n", encoding="utf-8")
     how = ("translate", folder / "translator", lines, "--tag", "up", "--device", "cpu", "--json")
-    plain = [json.loads(line) for line in succeed(*how).splitlines()]
+    plain = [json.loads(line) for line in succeed(*how, "--no-compiled").splitlines()]
     ours = [json.loads(line) for line in succeed(*how, "--compiled").splitlines()]
     monkeypatch.setattr("triglot.generation.paged.kernel", lambda *_, **_given: 1 / 0)
     assert isinstance(invoke(*how, "--compiled").exception, ZeroDivisionError)
+    assert succeed(*how, "--no-compiled")
     for [one], [other] in zip(ours, plain, strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["log_probs"] == pytest.approx(other["log_probs"], abs=1e-4)
+
+
+@needs_compiler
+@pytest.mark.skipif(not multiplies_bytes(), reason="kernels were not seen to pay on such a processor")
+def test_texts_and_their_drafts_are_by_kernels_unless_that_is_not_wanted(folder, monkeypatch):
+    how = ("generate", folder / "writer", "--prompt", "Line", "--temperature", 0.0, "--device", "cpu")
+    plain = succeed(*how, "--no-compiled")
+    assert succeed(*how) == plain
+    monkeypatch.setattr("triglot.generation.paged.kernel", lambda *_, **_given: 1 / 0)
+    assert isinstance(invoke(*how).exception, ZeroDivisionError)
+    guessed = ("--speculate", 3, "--draft", folder / "writer")
+    assert succeed(*how, "--no-compiled", *guessed) == plain
 
 
 @needs_compiler

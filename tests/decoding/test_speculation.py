@@ -1,10 +1,13 @@
 """Drafts change how fast a text comes, never the text."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import KERNELS
 from triglot.decoding.sampling import Sampler
 from triglot.decoding.search import stream
 from triglot.decoding.speculation import NGrams, speculate
@@ -14,6 +17,7 @@ from triglot.generation.steps import start_texts
 from triglot.models.decoder_only import DecoderLLM
 
 EOS, VOCAB = 2, 11
+WAYS = list(itertools.product(("fp32", "int8"), KERNELS))
 OPTIONS = {
     "rotary-grouped": {"norm_order": "pre", "norm": "rms", "positions": "rotary", "num_kv_heads": 2, "bias": False},
     "learned": {"positions": "learned", "activation": "gelu"},
@@ -31,7 +35,7 @@ def prepared(request):
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.dim() > 1 else 1)  # a text that does not go in circles
-    return {precision: Prepared(model, precision) for precision in ("fp32", "int8")}
+    return {how: Prepared(model, how[0], by_kernels=how[1]) for how in WAYS}
 
 
 class Guesses:
@@ -54,13 +58,13 @@ prompts_of = st.lists(
 @settings(deadline=None, max_examples=25)
 @given(
     asked=prompts_of, limits=st.lists(st.integers(0, 40), min_size=4, max_size=4), count=st.integers(1, 6),
-    temperature=st.sampled_from([0.0, 1.0]), precision=st.sampled_from(["fp32", "int8"]), draw=st.randoms(),
+    temperature=st.sampled_from([0.0, 1.0]), how=st.sampled_from(WAYS), draw=st.randoms(),
     lookup=st.booleans(),
 )  # fmt: skip
 def test_a_text_is_the_same_bits_with_drafts_of_any_quality(
-    prepared, asked, limits, count, temperature, precision, draw, lookup
+    prepared, asked, limits, count, temperature, how, draw, lookup
 ):
-    ready, sampler, limits = prepared[precision], Sampler(temperature=temperature), limits[: len(asked)]
+    ready, sampler, limits = prepared[how], Sampler(temperature=temperature), limits[: len(asked)]
 
     def generators():
         return [torch.Generator().manual_seed(row) for row in range(len(asked))]
@@ -88,7 +92,7 @@ def test_a_guess_followed_the_longest_known_ending_the_last_time(text, longest, 
 
 
 def test_a_step_reads_all_right_guesses_at_once(prepared):
-    ready, prompt, calls = prepared["int8"], [3, 4, 5], []
+    ready, prompt, calls = prepared["int8", False], [3, 4, 5], []
     first, steps = start_texts(ready, [prompt], 60)
     texts = list(stream(first, steps, Sampler(temperature=0.0), [25], generator=[torch.Generator()]))
     whole = prompt + [token.id for token in texts]
@@ -106,7 +110,7 @@ def test_a_step_reads_all_right_guesses_at_once(prepared):
 def test_numbers_below_one_are_refused(prepared):
     with pytest.raises(ConfigError, match="longest` must be at least 1"):
         NGrams(0)
-    first, steps = start_texts(prepared["int8"], [[3]], 60)
+    first, steps = start_texts(prepared["int8", False], [[3]], 60)
     generators = [torch.Generator()]
     with pytest.raises(ConfigError, match="count` must be at least 1"):
         list(speculate(first, steps, Sampler(), [1], [NGrams()], [[3]], count=0, generators=generators))

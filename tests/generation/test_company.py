@@ -19,6 +19,8 @@ OPTIONS = {
     "experts": {"norm_order": "pre", "experts": {"num_experts": 5, "top_k": 2, "router": "sigmoid", "shared": 1}},
 }
 ENGINES = [("pre", "fp32"), ("rotary", "int8"), ("experts", "fp32"), ("pre", "bf16")]
+WIDE = [("pre", "bf16"), ("rotary", "int8")]
+"""Writers of which all kernels have a share."""
 BY_KERNELS = [("post", "bf16"), ("post", "int8"), ("pre", "bf16"), ("rotary", "fp32"), ("experts", "bf16")]
 
 samplings = st.fixed_dictionaries(
@@ -56,10 +58,14 @@ searches = st.fixed_dictionaries(
 forms = st.sampled_from([{}, {}, {"regex": "[a-e]{3,70}"}, {"regex": "(ab|cd|e.)*"}])
 
 
-@pytest.fixture(scope="module", params=ENGINES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(*one, 20) for one in ENGINES] + [(*one, 32) for one in WIDE],
+    ids=lambda one: "-".join(map(str, one)),
+)
 def writer(make, request):
-    options, precision = request.param
-    return make("decoder_only", options=OPTIONS[options], precision=precision)
+    options, precision, width = request.param
+    return make("decoder_only", options=OPTIONS[options], precision=precision, d_model=width, d_ff=width)
 
 
 @pytest.fixture(

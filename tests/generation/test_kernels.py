@@ -360,7 +360,7 @@ def test_where_less_tokens_are_possible_the_others_are_not(precision):
     assert (again.values[1] - again.normaliser[1])[0].isnan()
 
 
-LINEARS = [(5, 24), (128, 64), (200, 7)]
+LINEARS = [(5, 24), (128, 64), (200, 7), (96, 200)]
 """Outputs and inputs."""
 
 

@@ -45,7 +45,7 @@ def load(
     packed for it, on a GPU bf16 is the type of the model and int8 is refused. With `workers` above 1 so many processes
     translate, each on one core (a program that loads such an engine needs `if __name__ == "__main__":`). `draft` is the
     run of a smaller model with the same tokens, which guesses where a text is generated with `speculate`. With
-    `compiled` texts go on by compiled code: on a processor the fastest for one text and for few
+    `compiled` texts go on by compiled code: on a processor the fastest for one text
     (`generation/compiled.py`), on a GPU for any number (`generation/captured.py`). Where `compiled` is left out, a
     processor decodes by kernels that a C++ compiler makes here in seconds (`generation/kernels.py`), if there is one
     (and AVX2), and where it is False, by none. Translations are never faster than by them.
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def precision(self) -> str:
-        """What decoding multiplies in: not always what was asked for, since small projections stay in bf16 or fp32."""
+        """What decoding multiplies in: without kernels small projections of int8 stay in bf16 or fp32."""
         return self._ready.multiplies_in
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Projections in whole numbers by a kernel (`cpp/linear.cpp`), which rounds rows, multiplies and scales by one pass."""
+"""Projections in whole numbers by a kernel (`cpp/linear.cpp`), which rounds rows, multiplies and scales by one call."""
 
 from functools import cached_property, partial
 from typing import Literal, NamedTuple

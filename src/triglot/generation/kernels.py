@@ -1,7 +1,7 @@
-"""Kernels of ours in C++ (the folder `cpp`), each compiled for the sizes of one model: what searches call.
+"""Kernels of ours in C++ (the folder `cpp`), each compiled for the sizes of one model: what decoding calls.
 
 They are for what a processor does between products: what takes PyTorch some operations, each of them through memory,
-takes a kernel one, in the cache. A row, or a sentence, is read after another, so that its bits are its own.
+takes a kernel one, in the cache. Each sum is taken in one order, by one thread, so that a row's bits are its own.
 """
 
 import ctypes
@@ -78,5 +78,8 @@ def address(x: Tensor | None) -> int | None:
 
 
 def threads_for(rows: int, work: int = 0) -> int:
-    """How many threads share so many rows: all that PyTorch has, or one: any other number has threads end and begin."""
+    """How many threads share so many rows, or so much `work` in products: all that PyTorch has, or one.
+
+    Any other number has threads end and begin.
+    """
     return torch.get_num_threads() if rows >= GRAIN or work >= WORK else 1

@@ -2,7 +2,7 @@
 
 What the products, masks and softmaxes of `attention.py` do for all sentences, one operation after another, the kernel
 does for a sentence at a time, or for each token of a text. It passes over pages that nothing attends to, reads keys and
-values in the type in which they came, and moves none when a sentence ends.
+values in the type in which they came, and moves none when a sentence ends, and those of texts once half have ended.
 """
 
 import ctypes
@@ -80,7 +80,7 @@ class Pages(Places):
         both: Float[Tensor, "2 #layers some kv_heads length width"],
         layers: slice = slice(None),  # it cannot change
     ) -> None:
-        """Write the first keys and values of some sentences, of all layers or some."""
+        """Write the first keys and values of some sentences, of all layers or some, before any is left out."""
         self.length_for(both.size(4) - 1)
         for page, (keys, values) in zip(self.pages, both[..., : self.head_dim].split(LANES, 4), strict=False):
             (of_keys, of_values), places = self._parts(page), keys.size(3)
@@ -100,9 +100,10 @@ class Pages(Places):
         return keys.unflatten(-1, (-1, LANES)), values.unflatten(-1, (LANES, -1))
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these sentences, in this order, some of them perhaps twice, who are written apart then."""
+        """Keep these, in this order; of texts one may be taken twice, and is written apart then."""
         self.rows_of = self.rows_of[rows]
-        if len(self.rows_of.unique()) < len(rows):
+        few = 2 * len(rows) <= self.sizes[1]  # so that no memory is for texts that have long ended
+        if self.of_texts and (few or len(self.rows_of.unique()) < len(rows)):
             self._hold([page.index_select(1, self.rows_of) for page in self.pages])
             self.sizes, self.rows_of = (self.sizes[0], len(rows), *self.sizes[2:]), torch.arange(len(rows))
 

@@ -106,7 +106,8 @@ class Ready:
             except (ConfigError, OSError) as error:
                 told = "texts will take longer, since no kernels could be compiled for them"
                 warnings.warn(f"{told} (nor are any where `compiled` is False): {error}", stacklevel=2)
-        return self._prepare(by_kernels=bool(self._compiles))
+        pays = isinstance(self.model, Transformer) or kernels_pay()  # compiled texts have code of their own
+        return self._prepare(by_kernels=bool(self._compiles) and pays)
 
     def _prepare(self, *, by_kernels: bool) -> Prepared:
         return Prepared(self.model, self.precision, self._never, by_kernels=by_kernels)
@@ -123,7 +124,7 @@ class Ready:
 
     @property
     def multiplies_in(self) -> str:
-        """What decoding multiplies in, whatever was asked for: whole numbers do not pay for small projections."""
+        """What decoding multiplies in, whatever was asked for: without kernels small projections do not in int8."""
         if (compiled := self.compiled if isinstance(self.model, DecoderLLM) else None) is not None:
             return compiled.multiplies_in
         if (prepared := self.prepared) is not None:

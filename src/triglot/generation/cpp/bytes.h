@@ -7,6 +7,8 @@
 
 #include <immintrin.h>
 
+#include <memory>
+
 #include "vectors.h"
 
 namespace {
@@ -53,6 +55,17 @@ template <int INPUTS> float to_bytes(const float* row, uint8_t* bytes) {
         store_last(bytes + at, as<Words>(load(row + at) * scale + rounder));
     return all / 127 + total(none);
 }
+
+// Rows as bytes, with room for `more` of which nothing is known.
+template <int INPUTS> struct RowsOfBytes {
+    std::unique_ptr<uint8_t[]> bytes;
+    std::unique_ptr<float[]> steps;
+
+    explicit RowsOfBytes(int64_t count, int64_t more = 0)
+        : bytes(new uint8_t[(count + more) * INPUTS]), steps(new float[count]) {}
+
+    void round(int64_t row, const float* from) { steps[row] = to_bytes<INPUTS>(from, bytes.get() + row * INPUTS); }
+};
 
 // The products of `count` rows, AT of them at a time, with SIDE · LANES outputs, which `finish` is given for each row and
 // vector. The weights of LANES outputs lie together, BESIDE inputs of each side by side; `starts` takes off what 128 adds.

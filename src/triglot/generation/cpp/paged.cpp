@@ -1,5 +1,6 @@
-// What hypotheses of a beam search attend to (Vaswani et al. 2017, eq. 1), a sentence after another: `paged.py` compiles
-// this for one model and beam. Every sum is taken in one order, whatever stands beside a sentence.
+// What hypotheses of a beam search attend to (Vaswani et al. 2017, eq. 1), or a text's tokens, each of which is then a
+// sentence of one hypothesis: `paged.py` compiles this for one model and beam. Threads share sentences and heads; every sum
+// is taken in one order, whatever stands beside a sentence.
 //
 // Given: HEADS, KV_HEADS, HEAD_DIM, HYPOTHESES, and the types Input and Output, float or BFloat16.
 
@@ -115,7 +116,9 @@ extern "C" void step(const Input* query, int64_t query_stride, const Input* key,
                      int64_t num_pages, int64_t layer, const int64_t* rows, const float* bias, int64_t sentence_stride,
                      int64_t head_stride, int64_t hypothesis_stride, Output* output, int64_t sentences,
                      int64_t threads) {
-    const auto heads_of = [&](int64_t page, int64_t sentence) { return pages[page] + layer + rows[sentence] * KV_HEADS; };
+    const auto heads_of = [&](int64_t page, int64_t sentence) {
+        return pages[page] + layer + rows[sentence] * KV_HEADS;
+    };
 #pragma omp parallel num_threads(threads)
     {
         if (places) {

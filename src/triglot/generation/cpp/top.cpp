@@ -65,27 +65,26 @@ typedef float Number;
 typedef int8_t Weight;
 
 class Products {
-    std::vector<uint8_t> bytes;
-    std::vector<float> steps;
+    RowsOfBytes<WIDTH> rounded;
     const int8_t* weights;
     const int32_t* starts;
     const float* scales;
 
   public:
     Products(const float* rows, int64_t count, const int8_t* weights, const int32_t* starts, const float* scales)
-        : bytes(count * WIDTH), steps(count), weights(weights), starts(starts), scales(scales) {
-        for (int64_t row = 0; row < count; row++)
-            steps[row] = to_bytes<WIDTH>(rows + row * WIDTH, bytes.data() + row * WIDTH);
+        : rounded(count), weights(weights), starts(starts), scales(scales) {
+        for (int64_t row = 0; row < count; row++) rounded.round(row, rows + row * WIDTH);
     }
 
     void multiply(int64_t row, int64_t column, float* logits) const {
         for (int at = 0; at < COLUMNS; at += SIDE * LANES) {
             const int64_t first = column + at;
             const auto finish = [&](int one, int side, Floats sums) {
-                const Floats scale = load(scales + first + side * LANES) * steps[row + one];
+                const Floats scale = load(scales + first + side * LANES) * rounded.steps[row + one];
                 store(logits + one * COLUMNS + at + side * LANES, sums * scale, LANES);
             };
-            multiply_bytes<WIDTH>(bytes.data() + row * WIDTH, ROWS, weights + first * WIDTH, starts + first, finish);
+            const uint8_t* bytes = rounded.bytes.get() + row * WIDTH;
+            multiply_bytes<WIDTH>(bytes, ROWS, weights + first * WIDTH, starts + first, finish);
         }
     }
 };
