@@ -78,7 +78,7 @@ class Pages(Places):
         self,
         rows: slice | Int[Tensor, " some"],
         both: Float[Tensor, "2 #layers some kv_heads length width"],
-        layers: slice = slice(None),  # it cannot change
+        layers: slice = slice(None),
     ) -> None:
         """Write the first keys and values of some sentences, of all layers or some, before any is left out."""
         self.length_for(both.size(4) - 1)

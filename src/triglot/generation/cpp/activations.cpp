@@ -1,7 +1,7 @@
 // What a feed-forward layer does between its products (`layers/activations.py`): each number's is its own.
 //
-// Given: the types Input and Output, float or BFloat16, OPEN, the function below of that name, and GATED, 1 where a row's second half
-// is multiplied by what becomes of its first, 0 where that is all there is.
+// Given: the types Input and Output, float or BFloat16, OPEN, the function below of that name, and GATED, 1 where a row's
+// second half is multiplied by what becomes of its first, 0 where that is all there is.
 
 #include "vectors.h"
 
@@ -21,7 +21,8 @@ Floats gelu_tanh(Floats x) { return x * sigmoid(1.5957691216f * (x + .044715f * 
 // 1964, 7.1.26), to within 1.5e-7.
 Floats gelu(Floats x) {
     const Floats z = (x < 0 ? -x : x) * .70710678118f, t = 1 / (1 + .3275911f * z);
-    const Floats series = t * (.254829592f + t * (-.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const Floats rest = 1.421413741f + t * (-1.453152027f + t * 1.061405429f);
+    const Floats series = t * (.254829592f + t * (-.284496736f + t * rest));
     const Floats half = .5f * series * exponential(-z * z);  // of what lies beyond |x|
     return x * (x < 0 ? half : 1 - half);
 }

@@ -1,8 +1,8 @@
 // x Wᵀ + b in whole numbers, each row rounded to bytes as it comes; negative numbers become 0 where that is asked for.
 // `int8.py` compiles this for one number of inputs.
 //
-// Given: WIDTH, the numbers of a row, a multiple of LANES, VNNI, and TILES, 1 where many rows may be multiplied by tiles, for
-// which WIDTH is a multiple of 64. Whole sums are the same by all ways.
+// Given: WIDTH, the numbers of a row, a multiple of LANES, VNNI, and TILES, 1 where many rows may be multiplied by tiles,
+// for which WIDTH is a multiple of 64. Whole sums are the same by all ways.
 
 #include <algorithm>
 #include <optional>

@@ -110,7 +110,8 @@ void write(const Input* key, const Input* value, int64_t lane, Page* heads) {
 }  // namespace
 
 // Writes what is new in its places, if there are places, and attends. Of each page there are the heads of all sentences
-// one behind another, those of a layer from `layer` on and those of a sentence from its row on. Sentences may have the same row, and see what all of them wrote.
+// one behind another, those of a layer from `layer` on and those of a sentence from its row on. Sentences may have the
+// same row, and see what all of them wrote.
 extern "C" void step(const Input* query, int64_t query_stride, const Input* key, int64_t key_stride,
                      const Input* value, int64_t value_stride, const int64_t* places, Page* const* pages,
                      int64_t num_pages, int64_t layer, const int64_t* rows, const float* bias, int64_t sentence_stride,
