@@ -103,7 +103,7 @@ def test_a_model_is_loaded_in_evaluation_mode_and_in_the_type_asked_for(run):
 def test_an_unknown_checkpoint_is_refused_with_the_known_ones(run):
     with pytest.raises(CheckpointError, match=r"best, last or one of step-00000001, .*, but is '17' instead"):
         load_model(run, "17")
-    with pytest.raises(CheckpointError, match="folder with checkpoints"):
+    with pytest.raises(CheckpointError, match="a folder that exists, with checkpoints"):
         load_model(run / "nowhere")
 
 

@@ -184,6 +184,7 @@ def test_what_a_recipe_does_not_know_is_refused_in_one_line():
 )
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, command):
     assert "`run` must be a folder with checkpoints" in refuse(command[0], tmp_path, *command[1:])
+    assert "`run` must be a folder that exists, with checkpoints" in refuse(command[0], tmp_path / "none", *command[1:])
 
 
 def test_what_is_our_own_fault_keeps_its_traceback(monkeypatch):

@@ -94,13 +94,9 @@ def step_checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(run: Path, which: str = "best") -> Path:
     """The folder of the checkpoint called `which`: best, last, or a number of steps."""
     steps = step_checkpoints(run)
-    require(
-        bool(steps),
-        "run",
-        "a folder with checkpoints (`triglot convert` makes one of another library's)",
-        str(run),
-        CheckpointError,
-    )
+    there = "" if run.exists() else "that exists, "
+    rule = f"a folder {there}with checkpoints (`triglot convert` makes one of another library's)"
+    require(bool(steps), "run", rule, str(run), CheckpointError)
     if which == "last":
         return steps[-1]
     folders = {folder.stem: folder for folder in steps}
