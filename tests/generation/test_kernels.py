@@ -65,7 +65,6 @@ def several_threads(number: int):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "GRAIN", 1)
             patch.setattr(kernels, "WORK", 1)
-            patch.setattr(int4, "SHARED", 1)
             yield
     finally:
         torch.set_num_threads(before)

@@ -12,12 +12,10 @@ from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor, nn
 
 from triglot.generation.int8 import BESIDE, OUTPUTS, multiplies_bytes
-from triglot.generation.kernels import LANES, address, kernel
+from triglot.generation.kernels import LANES, address, kernel, threads_for
 from triglot.layers.packed import GROUP, four_bits, multiplies_int8
 from triglot.layers.vectors import round_up
 
-SHARED = 2**16
-"""Weights from which on threads share them."""
 NAME = "aoti_torch_cpu_multiply_int4"
 """As PyTorch calls what stands for the operation in compiled code."""
 
@@ -87,7 +85,7 @@ class KernelInt4(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows 1 inputs"], expert: Int[Tensor, "1"] | None = None) -> Tensor:
         """By the weights, or those of one `expert`, which are read where they stand."""
-        threads = torch.get_num_threads() if self.outputs * self.inputs >= SHARED else 1
+        threads = threads_for(1, self.outputs * self.inputs)
         of, bias = self.first if expert is None else expert, self.bias
         if bias is not None and expert is not None:
             bias = bias.index_select(0, expert)[0]

@@ -51,6 +51,11 @@ def multiplies_bytes() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def may_use_tiles() -> bool:
+    """Whether this processor multiplies tiles and lets this process, which has to ask."""
+    return multiplies_tiles() and torch.cpu._init_amx()
+
+
 class KernelInt8:
     """A projection of any size (`layers.packed.Packed`)."""
 
@@ -60,7 +65,7 @@ class KernelInt8:
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None) -> None:
         self.outputs, self.inputs = weight.shape
-        self.by_tiles = int(multiplies_tiles() and torch.cpu._init_amx())
+        self.by_tiles = int(may_use_tiles())
         self.filled_up = round_up(self.outputs, OUTPUTS)
         self.width = round_up(self.inputs, TILE if self.by_tiles else LANES)
         missing = self.filled_up - self.outputs

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from triglot.decoding.logits import Top
 from triglot.decoding.sampling import largest, log_sum_exp
-from triglot.generation.int8 import Int8Weights, multiplies_bytes
+from triglot.generation.int8 import Int8Weights, may_use_tiles, multiplies_bytes
 from triglot.generation.kernels import LANES, address, kernel, threads_for
-from triglot.layers.packed import Precision, multiplies_int8, multiplies_tiles
+from triglot.layers.packed import Precision, multiplies_int8
 from triglot.layers.vectors import round_up
 
 ROWS, COLUMNS, INPUTS = 32, 128, 32
@@ -27,9 +27,9 @@ BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8}
 
 
 def may_multiply(precision: Precision) -> bool:
-    """Whether kernels do in this precision; a processor that multiplies tiles has to be asked to let this process."""
+    """Whether kernels do in this precision."""
     if precision == "bf16":
-        return multiplies_tiles() and torch.cpu._init_amx()
+        return may_use_tiles()
     return precision == "fp32" or (precision == "int8" and multiplies_bytes())
 
 
